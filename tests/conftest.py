@@ -1,0 +1,27 @@
+"""Skips what needs a GPU where there is none, and says how many and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+WHY = "no CUDA or ROCm device"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=WHY))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if WHY in str(r.longrepr)]
+    terminalreporter.write_line(
+        f"GPU tests skipped: {len(skipped)}" + (f" ({WHY})" if skipped else f" (device: {_device()})")
+    )
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none; no GPU test was selected"

@@ -1,0 +1,128 @@
+"""The house rules: who may import whom, what importing costs, what is public."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = "fastdiff_kernels"
+
+# Rooms of fastdiff, and what each may import of it; torch, numpy and the standard library are free to all.
+MAY_IMPORT: dict[str, set[str]] = {
+    "schedule": set(),
+    "prediction": set(),
+    "guidance": set(),
+    "noise": set(),
+    "images": set(),
+    "atomic": set(),
+    "diffusion_model": {"schedule", "prediction"},
+    "placement": {"diffusion_model"},
+    "solvers": {"schedule", "prediction"},
+    "model": {KERNELS},
+    "checkpoint": {"atomic", "diffusion_model", "model", "placement", "schedule"},
+    "convert": {"diffusion_model", "model", "schedule"},
+    "sampler": {"solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS},
+    "training": {"atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS},
+    "evaluation": {"sampler", "diffusion_model", "schedule", "prediction"},
+}
+FREE = {"cli", "doctor", "__init__", "__main__"}
+ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "fastdiff").parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module a file imports, at any depth of its code; relative imports count as the file's own package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.update({f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""})
+    return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    rooms = {name.split(".")[1] for name in names if name.startswith("fastdiff.") and len(name.split(".")) > 1}
+    return rooms | ({KERNELS} if any(name.split(".")[0] == KERNELS for name in names) else set())
+
+
+SOURCES = sorted((ROOT / "fastdiff").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_may(path: Path) -> None:
+    room = room_of(path)
+    names = imported_modules(path)
+    for library, rooms in ONLY_IN.items():
+        assert room in rooms or library not in {name.split(".")[0] for name in names}, f"{room} imports {library}"
+    if room in FREE:
+        return
+    assert room in MAY_IMPORT, f"{room} is a new room: say here what it may import"
+    known = {name.split(".")[0] for name in MAY_IMPORT} | FREE | {KERNELS}
+    found = {r for r in rooms_of(names) if r in known} - {room}
+    assert found <= MAY_IMPORT[room], f"{room} must not import {sorted(found - MAY_IMPORT[room])}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / KERNELS).glob("*.py")), ids=lambda path: path.name)
+def test_the_kernels_stand_alone(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imported_modules(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", ""}, outside
+
+
+def test_kernels_is_a_folder_not_a_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def fresh(code: str) -> str:
+    """What code prints in a new process that sees only the two packages."""
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "", "HOME": "/"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_fastdiff_initialises_no_cuda() -> None:
+    code = """
+import sys, fastdiff
+assert "torch" not in sys.modules, "importing fastdiff alone must not load torch"
+for name in fastdiff.__all__: getattr(fastdiff, name)
+import torch
+print(torch.cuda.is_initialized(), "diffusers" in sys.modules, "tyro" in sys.modules, "triton" in sys.modules)
+"""
+    assert fresh(code) == "False False False False"
+
+
+def test_importing_the_kernels_loads_neither_fastdiff_nor_triton() -> None:
+    assert (
+        fresh("import sys, fastdiff_kernels; print('fastdiff' in sys.modules, 'triton' in sys.modules)")
+        == "False False"
+    )
+
+
+@pytest.mark.parametrize("package", ["fastdiff", KERNELS])
+def test_everything_public_exists_and_says_what_it_is(package: str) -> None:
+    module = __import__(package)
+    assert len(set(module.__all__)) == len(module.__all__)
+    for name in module.__all__:
+        value = getattr(module, name)
+        assert not callable(value) or (value.__doc__ or "").strip(), f"{package}.{name} has no docstring"
+    with pytest.raises(AttributeError, match="nonsense"):
+        module.nonsense  # noqa: B018
+
+
+def test_the_version_is_a_literal() -> None:
+    for path in (ROOT / "fastdiff" / "__init__.py", ROOT / "kernels" / KERNELS / "__init__.py"):
+        assert '__version__ = "' in path.read_text()
+
+
+@pytest.mark.parametrize("word", ["utils", "helpers", "common", "misc", "manager"])
+def test_no_file_is_named_after_nothing(word: str) -> None:
+    assert not [p for p in ROOT.rglob(f"{word}*") if not {".venv", ".git"} & set(p.relative_to(ROOT).parts)]
