@@ -1,0 +1,66 @@
+"""Counter-based noise: the same numbers on every device, at every batch size, in any order"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._checks import FLOATS, check_device, check_dtype, check_int, check_shape
+
+STREAM_X_T = 0
+STREAM_STEP = 1
+STREAM_TRAINING = 2
+
+
+def check_draw(draw: int | Tensor, device: torch.device) -> None:
+    if isinstance(draw, Tensor):
+        check_shape("draw", draw, (1,))
+        check_dtype("draw", draw, (torch.int64,))
+        check_device("draw", draw, device, like="seeds")
+    else:
+        check_int("draw", draw, 0, 1 << 32)
+
+
+def check_seeds(seeds: Tensor, n: int | str = "N") -> None:
+    check_shape("seeds", seeds, (n,), "one seed an image")
+    check_dtype("seeds", seeds, (torch.int64,))
+
+
+def _check(seeds: Tensor, shape: Sequence[int], draw: int | Tensor, stream: int) -> tuple[int, ...]:
+    check_seeds(seeds)
+    for size in shape:
+        check_int("every size in shape", size, 0)
+    check_draw(draw, seeds.device)
+    check_int("stream", stream, 0, 1 << 32)
+    return tuple(shape)
+
+
+def philox_uint32(seeds: Tensor, shape: Sequence[int], *, draw: int | Tensor, stream: int) -> Tensor:
+    """Philox4x32-10 words, int64 (N, *shape) in [0, 2^32): word element % 4 of counter (element // 4, draw, stream, 0)
+
+    seeds int64 (N,), each the 64-bit key of one image; shape one image's, its elements counted in row-major order;
+    draw an int in [0, 2^32) or an int64 tensor (1,) on the device of seeds; stream an int in [0, 2^32).
+    Raises ValueError for a shape, range or device that does not fit, TypeError for a dtype.
+
+    Reference: reference.philox_uint32; Salmon et al., SC 2011
+    """
+    shape = _check(seeds, shape, draw, stream)
+    return reference.philox_uint32(seeds, shape, draw=draw, stream=stream)
+
+
+def philox_normal(
+    seeds: Tensor, shape: Sequence[int], *, draw: int | Tensor, stream: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normals (N, *shape), Box-Muller on the words of philox_uint32, whose arguments it takes
+
+    Precision: float32, then rounded to dtype (float16, bfloat16, float32 or float64).
+    Traffic:   1 write
+    Reference: reference.philox_normal
+
+    Raises ValueError for a shape, range or device that does not fit, TypeError for a dtype.
+    """
+    shape = _check(seeds, shape, draw, stream)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    return reference.philox_normal(seeds, shape, draw=draw, stream=stream, dtype=dtype)
