@@ -1,0 +1,65 @@
+"""fastdiff: class-conditional diffusion models, sampled fast and checked against the papers.
+
+>>> import fastdiff
+>>> images = fastdiff.sample("digits", labels=[3, 1, 4], w=1.5, seed=0)  # (3, 1, 16, 16) in [-1, 1]
+
+Importing it loads no CUDA context and none of the heavy modules: names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdiff.checkpoint import CheckpointError, load, save
+    from fastdiff.diffusion_model import DiffusionModel
+    from fastdiff.images import to_uint8
+    from fastdiff.noise import image_seeds
+    from fastdiff.sampler import Cancelled, Sampler, sample
+    from fastdiff.schedule import Schedule
+    from fastdiff.solvers import SOLVERS, StepTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SOLVERS",
+    "Cancelled",
+    "CheckpointError",
+    "DiffusionModel",
+    "Sampler",
+    "Schedule",
+    "StepTable",
+    "image_seeds",
+    "load",
+    "sample",
+    "save",
+    "to_uint8",
+]
+
+_HOMES = {
+    "SOLVERS": "solvers",
+    "Cancelled": "sampler",
+    "CheckpointError": "checkpoint",
+    "DiffusionModel": "diffusion_model",
+    "Sampler": "sampler",
+    "Schedule": "schedule",
+    "StepTable": "solvers",
+    "image_seeds": "noise",
+    "load": "checkpoint",
+    "sample": "sampler",
+    "save": "checkpoint",
+    "to_uint8": "images",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastdiff.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

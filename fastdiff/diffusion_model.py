@@ -1,0 +1,101 @@
+"""DiffusionModel: a network with all that sampling must know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fastdiff.prediction import named_prediction
+from fastdiff.schedule import Schedule
+
+__all__ = ["VARIANCES", "DiffusionModel"]
+
+Network = Callable[..., torch.Tensor]
+
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+
+
+class DiffusionModel:
+    """A network with its schedule, prediction, variance, classes and image shape.
+
+    network: any callable network(x, t, y) -> (B, C, H, W), or (B, 2C, H, W) with a variance in the second half. x is
+        (B, C, H, W) in the compute dtype, t float (B,) in [0, T), y int64 (B,), or None where num_classes is None.
+    schedule: a Schedule, or its name for T = 1000: "linear", "cosine".
+    prediction: "eps", "v" or "x0".
+    variance: of DDPM's reverse step: "fixed_small" (beta tilde), "fixed_large" (beta) or "learned_range" (Improved DDPM
+        equation 15; needs the 2C outputs).
+    num_classes: labels are in [0, num_classes); None for an unconditional model.
+    null_label: the label that means none (usually num_classes); None where the network has none: no guidance then.
+    image_shape: (C, H, W).
+    clip_x0: whether the data lie in [-1, 1], so that predictions are clipped there (pixels yes, latents no).
+    dtype: the recorded compute dtype, or None.
+    name, provenance: free text and JSON-able facts, kept by checkpoints and shown by `fastdiff info`.
+
+    Raises ValueError or TypeError naming the argument.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        schedule: Schedule | str,
+        prediction: str = "eps",
+        variance: str = "fixed_small",
+        num_classes: int | None = 10,
+        null_label: int | None = 10,
+        image_shape: tuple[int, int, int] = (1, 16, 16),
+        *,
+        clip_x0: bool = True,
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not callable(network):
+            raise TypeError(f"network must be a callable network(x, t, y), got {type(network).__name__}")
+        if isinstance(schedule, str):
+            schedule = Schedule.named(schedule)
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule or a name, got {type(schedule).__name__}")
+        named_prediction(prediction)
+        if variance not in VARIANCES:
+            raise ValueError(f"variance must be one of {list(VARIANCES)}, got {variance!r}")
+        if num_classes is None and null_label is not None:
+            raise ValueError(f"null_label must be None for an unconditional model (num_classes=None), got {null_label}")
+        for argument, value, least in (("num_classes", num_classes, 1), ("null_label", null_label, 0)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{argument} must be an integer of at least {least} or None, got {value!r}")
+        shape = tuple(image_shape)
+        if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+            raise ValueError(f"image_shape must be three positive integers (C, H, W), got {image_shape!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.variance = variance
+        self.num_classes = num_classes
+        self.null_label = null_label
+        self.image_shape: tuple[int, int, int] = shape
+        self.clip_x0 = bool(clip_x0)
+        self.dtype = dtype
+        self.name = name
+        self.provenance = dict(provenance or {})
+
+    def __repr__(self) -> str:
+        C, H, W = self.image_shape
+        return (
+            f"DiffusionModel({self.name or type(self.network).__name__}, {C}x{H}x{W}, classes={self.num_classes}, "
+            f"prediction={self.prediction}, variance={self.variance}, T={self.schedule.num_train_timesteps})"
+        )
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that the network returns where the variance is learned or not: C or 2C."""
+        return self.image_shape[0] * (2 if self.variance == "learned_range" else 1)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Parameters and buffers of the network, empty for a plain function."""
+        if not isinstance(self.network, torch.nn.Module):
+            return []
+        return [*self.network.parameters(), *self.network.buffers()]

@@ -1,0 +1,153 @@
+"""Classifier-free guidance (2207.12598): labels, the null label, and the one definition of w.
+
+    eps = (1 + w) * eps_cond - w * eps_null                                                    (equation 6)
+
+w = 0 is the conditional model, w = -1 the unconditional one. Other stacks' guidance_scale is 1 + w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = [
+    "GuidancePlan",
+    "Interval",
+    "Labels",
+    "Weight",
+    "guided_rows",
+    "plan_guidance",
+    "resolve_labels",
+    "resolve_w",
+]
+
+Labels = int | Sequence[int] | torch.Tensor | npt.NDArray[np.integer] | None
+Weight = float | Sequence[float] | torch.Tensor | npt.NDArray[np.floating]
+Interval = tuple[float, float] | None
+
+
+def resolve_labels(labels: Labels, num_classes: int | None, null_label: int | None) -> torch.Tensor | None:
+    """labels as an int64 tensor on the CPU, 0-d for one label and (N,) for many; None stays None.
+
+    Raises TypeError for anything but integers, ValueError for labels outside [0, num_classes) or the null label.
+    """
+    if labels is None:
+        if num_classes is not None and null_label is None:
+            raise ValueError("labels=None needs a null label, and this model has none; give labels")
+        return None
+    array = _array(labels, "labels")
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"labels must be integers, got {_kind(labels, array)}")
+    if array.ndim > 1:
+        raise ValueError(f"labels must be an integer or a vector (N,), got shape {array.shape}")
+    if num_classes is None:
+        raise ValueError("labels must be None: the model is unconditional")
+    bad = array[(array < 0) | (array >= num_classes)]
+    if bad.size:
+        raise ValueError(f"labels must be in [0, {num_classes}), got {bad.flat[0]}; the null label is added for you")
+    if null_label is not None and (array == null_label).any():
+        raise ValueError(f"labels must not hold the null label {null_label}; it is added for you, labels=None means it")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def resolve_w(w: Weight) -> torch.Tensor:
+    """w as a float64 tensor on the CPU, 0-d or (N,). Raises TypeError for non-numbers, ValueError unless finite."""
+    array = _array(w, "w")
+    if array.size == 0:
+        array = array.astype(np.float64)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"w must be a number or a vector of numbers, got {_kind(w, array)}")
+    if array.ndim > 1:
+        raise ValueError(f"w must be a number or a vector (N,), got shape {array.shape}")
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"w must be finite, got {values[~np.isfinite(values)].flat[0]}")
+    return torch.from_numpy(values)
+
+
+def _array(value: object, argument: str) -> npt.NDArray[np.generic]:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument} must be a number or a flat sequence of numbers, got {value!r}") from None
+
+
+def _kind(value: object, array: npt.NDArray[np.generic]) -> str:
+    return type(value).__name__ if array.ndim == 0 and array.dtype.kind in "OUS" else str(array.dtype)
+
+
+@dataclass(frozen=True)
+class GuidancePlan:
+    """How a batch of N images is laid out: guided images first, so that null row j belongs to image j < M.
+
+    order (N,) is the caller's index of each row, y (N,) int64 its label or None for an unconditional model, w (N,)
+    float64 its weight.
+    """
+
+    order: torch.Tensor
+    y: torch.Tensor | None
+    w: torch.Tensor
+
+    @property
+    def N(self) -> int:
+        return len(self.w)
+
+    @property
+    def M(self) -> int:
+        return int((self.w != 0).sum())
+
+    @property
+    def inverse(self) -> torch.Tensor:
+        """The row of each of the caller's images."""
+        return torch.argsort(self.order)
+
+
+def plan_guidance(
+    labels: torch.Tensor | None, w: torch.Tensor, n: int, *, num_classes: int | None, null_label: int | None
+) -> GuidancePlan:
+    """The layout of n images from resolved labels and w, each 0-d or (n,).
+
+    w = -1 becomes (null label, w = 0), one evaluation an image. Raises ValueError where w asks for a null label that
+    the model lacks, or guides images that have no label.
+    """
+    weights = w.expand(n).clone()
+    unconditional = weights == -1
+    if labels is None:
+        wrong = weights[(weights != 0) & ~unconditional]
+        if len(wrong):
+            raise ValueError(f"w must be 0 or -1 where labels=None (nothing to guide towards), got {wrong[0].item():g}")
+    elif null_label is None and (weights != 0).any():
+        got = weights[weights != 0][0].item()
+        raise ValueError(f"w must be 0: guidance needs a null label, and this model has null_label=None; got {got:g}")
+    weights[unconditional] = 0.0
+    y = None
+    if num_classes is not None:
+        null = torch.tensor(-1 if null_label is None else null_label)
+        y = torch.where(unconditional, null, null if labels is None else labels).expand(n)
+    order = torch.argsort((weights == 0).to(torch.int8), stable=True)
+    return GuidancePlan(order, None if y is None else y[order], weights[order])
+
+
+def guided_rows(sigma_edm: npt.NDArray[np.float64], interval: Interval) -> npt.NDArray[np.bool_]:
+    """Which rows are guided: those with lo < sigma_edm <= hi (2404.07724); all of them without an interval."""
+    if interval is None:
+        return np.ones(len(sigma_edm), dtype=bool)
+    try:
+        lo, hi = (float(bound) for bound in interval)
+    except (TypeError, ValueError):
+        raise TypeError(f"guidance_interval must be a pair (lo, hi) of sigma_edm or None, got {interval!r}") from None
+    if not 0 <= lo < hi or math.isinf(lo):
+        raise ValueError(
+            f"guidance_interval must satisfy 0 <= lo < hi in sigma_edm = sigma / alpha, got ({lo:g}, {hi:g})"
+        )
+    return (lo < sigma_edm) & (sigma_edm <= hi)

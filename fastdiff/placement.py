@@ -1,0 +1,80 @@
+"""Where a network runs and in which dtype: an explicit choice is met or refused, never replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastdiff.diffusion_model import DiffusionModel
+
+__all__ = ["DTYPES", "default_dtype", "device_of", "eval_mode", "placed", "resolve_device", "resolve_dtype"]
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The torch device meant; None is a GPU if there is one. ValueError for one that is unknown or absent."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be 'cpu' or 'cuda[:n]', got {device!r}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda[:n]', got {device!r}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}, but torch sees no GPU; use device='cpu'")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} GPU(s)")
+    return found
+
+
+def device_of(model: DiffusionModel) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    return DTYPES[name]
+
+
+def default_dtype(model: DiffusionModel, device: torch.device) -> torch.dtype:
+    """The recorded dtype; bfloat16 for our networks on hardware made for it; a foreign network's own."""
+    if model.dtype is not None:
+        return model.dtype
+    if hasattr(model.network, "conditioning"):
+        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def placed(
+    network: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> Callable[..., torch.Tensor]:
+    """The network itself where it fits device and dtype already, else a converted copy; functions are left alone."""
+    if not isinstance(network, torch.nn.Module):
+        return network
+    tensors = [*network.parameters(), *network.buffers()]
+    if all(p.device == device and (p.dtype == dtype or not p.is_floating_point()) for p in tensors):
+        return network
+    return copy.deepcopy(network).to(device, dtype)
+
+
+@contextlib.contextmanager
+def eval_mode(network: object) -> Iterator[None]:
+    """Dropout off while sampling; every submodule gets its own mode back."""
+    training = [m for m in network.modules() if m.training] if isinstance(network, torch.nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
