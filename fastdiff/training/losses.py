@@ -1,0 +1,51 @@
+"""The simple loss of DDPM (2006.11239, equation 14) for eps, v and x0, with randomness that depends on no batch.
+
+Sample number n of a run is keyed by (run seed, n). From Philox stream 2 under that key: draw 0 is eps; word 0 of draw 1
+chooses t, word 1 decides whether the label is dropped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from fastdiff_kernels import STREAM_TRAINING, philox_normal, philox_uint32
+
+from fastdiff.noise import seed_array
+from fastdiff.prediction import named_prediction
+from fastdiff.schedule import Schedule
+
+__all__ = ["Objective", "draw", "sample_keys"]
+
+
+def sample_keys(seed: int, start: int, n: int) -> torch.Tensor:
+    """64-bit Philox keys of samples start .. start + n - 1 of a run, int64 (n,)."""
+    return torch.from_numpy(seed_array(seed, n, start=start))
+
+
+def draw(
+    keys: torch.Tensor, image_shape: tuple[int, int, int], num_train_timesteps: int, p_uncond: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """t int64 (B,) uniform in [0, T), dropped bool (B,) true with probability p_uncond, eps float32 (B, C, H, W)."""
+    eps = philox_normal(keys, image_shape, draw=0, stream=STREAM_TRAINING, dtype=torch.float32)
+    words = philox_uint32(keys, (2,), draw=1, stream=STREAM_TRAINING)
+    t = (words[:, 0] * num_train_timesteps) >> 32
+    return t, words[:, 1] < round(p_uncond * 2**32), eps
+
+
+class Objective:
+    """Noising and the mean squared error of one schedule and prediction; tables are float64, cast once to float32."""
+
+    def __init__(self, schedule: Schedule, prediction: str, device: torch.device | str = "cpu") -> None:
+        self.prediction = named_prediction(prediction)
+        tables = schedule.alpha_sigma(np.arange(schedule.num_train_timesteps))
+        self.alpha, self.sigma = (torch.from_numpy(table).float().to(device) for table in tables)
+
+    def noised(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t = alpha * x0 + sigma * eps, (B, C, H, W) channels_last, for t int64 (B,)."""
+        alpha, sigma = self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+        return (alpha * x0 + sigma * eps).contiguous(memory_format=torch.channels_last)
+
+    def loss(self, output: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of each sample, float32 (B,)."""
+        target = self.prediction.training_target(x0, eps, self.alpha[t], self.sigma[t])
+        return (output.float() - target).square().flatten(1).mean(1)

@@ -1,0 +1,601 @@
+"""Training: data splits, stateless randomness, the loop's arithmetic, and what a killed run leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import json
+import math
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastdiff import checkpoint
+from fastdiff.diffusion_model import DiffusionModel
+from fastdiff.model.unet import UNet, UNetConfig
+from fastdiff.schedule import Schedule
+from fastdiff.training import Dataset, TrainConfig, TrainingError, digits, load_data, npz, train
+from fastdiff.training.losses import Objective, draw, sample_keys
+
+TINY = UNetConfig(
+    image_size=8,
+    in_channels=1,
+    out_channels=1,
+    channels=8,
+    channel_mult=(1,),
+    num_blocks=1,
+    attention_resolutions=(),
+    head_channels=8,
+    groups=4,
+    dropout=0.2,
+    num_labels=11,
+)
+
+
+class ConvNet(nn.Module):
+    """The smallest network with the sampler's signature; keeps the labels that it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3, padding=1)
+        self.time = nn.Linear(1, 16)
+        self.label = nn.Embedding(11, 16)
+        self.last = nn.Conv2d(16, 1, 3, padding=1)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.seen.append(y.clone())
+        h = self.first(x) + (self.time(t[:, None] / 1000) + self.label(y))[:, :, None, None]
+        return self.last(torch.nn.functional.silu(h))
+
+
+def conv_model(prediction: str = "eps", **options: Any) -> DiffusionModel:
+    torch.manual_seed(0)
+    return DiffusionModel(ConvNet(), "cosine", prediction, image_shape=(1, 8, 8), **options)
+
+
+def unet_model() -> DiffusionModel:
+    torch.manual_seed(0)
+    return DiffusionModel(UNet(TINY), "cosine", "v", image_shape=(1, 8, 8), name="tiny")
+
+
+def small_data(n: int = 20) -> Dataset:
+    whole = digits(size=8)
+    return Dataset(whole.images[:n], whole.labels[:n], 10, "small", "digits", "CC BY 4.0")
+
+
+def config(**fields: Any) -> TrainConfig:
+    return TrainConfig(**{"iterations": 6, "batch_size": 8, "warmup": 2, "save_every": 3, "log_every": 2, **fields})
+
+
+def weights(model: DiffusionModel) -> dict[str, torch.Tensor]:
+    assert isinstance(model.network, nn.Module)
+    return model.network.state_dict()
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+def stop_at(step: int) -> Any:
+    def callback(at: int, model: DiffusionModel) -> None:
+        if at == step:
+            raise KeyboardInterrupt
+
+    return callback
+
+
+# Data
+
+
+def test_digits_split_is_stratified_disjoint_and_complete() -> None:
+    parts = {split: digits(split, size=8) for split in ("train", "heldout", "all")}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 1497, "heldout": 300, "all": 1797}
+    assert parts["heldout"].labels.bincount().tolist() == [30] * 10
+    rows = {
+        split: sorted(map(bytes, torch.cat([part.images.flatten(1), part.labels[:, None]], 1).numpy()))
+        for split, part in parts.items()
+    }
+    assert sorted(rows["train"] + rows["heldout"]) == rows["all"]
+    assert torch.equal(digits("heldout").labels, parts["heldout"].labels)
+
+
+def test_digits_are_scikit_learns_images_in_unit_range() -> None:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    whole = digits("all", size=8)
+    np.testing.assert_array_equal(whole.images.numpy().reshape(1797, 64), pixels.astype(np.float32) / 16 * 2 - 1)
+    np.testing.assert_array_equal(whole.labels.numpy(), labels)
+    resized = digits("all")
+    assert resized.images.shape == (1797, 1, 16, 16)
+    assert resized.images.aminmax() == (-1, 1)
+    pooled = nn.functional.avg_pool2d(resized.images, 2)
+    assert (pooled - whole.images).abs().mean() < 0.1
+    assert "CC BY 4.0" in resized.licence
+
+
+def test_digits_without_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match=r"fastdiff\[train\]"):
+        digits()
+
+
+@pytest.mark.parametrize(("arguments", "word"), [(("test",), "split"), (("train", 4), "size"), (("all", 8.0), "size")])
+def test_digits_arguments(arguments: tuple[Any, ...], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        digits(*arguments)
+
+
+def test_load_data_by_name(tmp_path: Path) -> None:
+    assert len(load_data("digits")) == 1497
+    assert len(load_data("digits:heldout")) == 300
+    np.savez(tmp_path / "x.npz", np.zeros((2, 8, 8, 1), np.uint8))
+    assert len(load_data(tmp_path / "x.npz")) == 2
+    for unknown in ("mnist", "digits:test"):
+        with pytest.raises(ValueError, match="must be"):
+            load_data(unknown)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_inverts_rounding_to_uint8(tmp_path: Path, channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, channels), dtype=np.uint8)
+    pixels[0, 0, 0, 0], pixels[0, 0, 1, 0] = 0, 255
+    np.savez_compressed(tmp_path / "x.npz", pixels, np.array([0, 3, 1, 1, 2], np.int32))
+    data = npz(tmp_path / "x.npz")
+    assert data.images.shape == (5, channels, 4, 6)
+    assert data.images.aminmax() == (-1, 1)
+    np.testing.assert_array_equal((data.images * 127.5 + 127.5).round().permute(0, 2, 3, 1).numpy(), pixels)
+    assert data.labels.tolist() == [0, 3, 1, 1, 2]
+    assert data.num_classes == 4
+
+
+def test_npz_without_labels_is_unconditional(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    assert npz(tmp_path / "x.npz").num_classes is None
+
+
+IMAGES = np.zeros((2, 4, 4, 1), np.uint8)
+
+
+def _saved(*arrays: Any, **named: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, *arrays, **named)
+    return file.getvalue()
+
+
+def _bomb() -> bytes:
+    file, header = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**40, 8, 8, 3)})
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(None, "No such file", id="missing"),
+        pytest.param(b"", "zip", id="empty"),
+        pytest.param(b"\x89PNG\r\n", "zip", id="png"),
+        pytest.param(_saved(IMAGES)[:-9], "zip", id="truncated"),
+        pytest.param(_bomb(), "", id="header-of-192-TiB"),
+        pytest.param(_saved(images=IMAGES), "arr_0", id="no-arr_0"),
+        pytest.param(_saved(IMAGES.astype(np.float32)), "uint8", id="float"),
+        pytest.param(_saved(IMAGES[0]), "arr_0", id="one-image"),
+        pytest.param(_saved(IMAGES[:0]), "not empty", id="no-images"),
+        pytest.param(_saved(np.zeros((2, 1, 4, 4), np.uint8)), "1 or 3", id="NCHW"),
+        pytest.param(_saved(IMAGES, np.array([0, 1, 2])), "2 integer labels", id="three-labels"),
+        pytest.param(_saved(IMAGES, np.array([0.0, 1.0])), "integer labels", id="float-labels"),
+        pytest.param(_saved(IMAGES, np.array([0, -1])), "labels", id="negative-label"),
+        pytest.param(_saved(np.array([{}, {}], dtype=object)), "pickle", id="pickle"),
+    ],
+)
+def test_npz_errors_name_the_file(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "bad.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"bad\.npz.*{reason}"):
+        npz(path)
+
+
+def test_npz_refuses_what_unpacks_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "x.npz", np.zeros((100, 32, 32, 3), np.uint8))
+    monkeypatch.setattr("fastdiff.training.data.MAX_BYTES", 10_000)
+    with pytest.raises(ValueError, match=r"x\.npz.*limit"):
+        npz(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        pytest.param({"images": torch.zeros(2, 1, 4, 4).double()}, "images", id="float64"),
+        pytest.param({"images": torch.zeros(0, 1, 4, 4)}, "images", id="empty"),
+        pytest.param({"images": torch.full((2, 1, 4, 4), 1.5)}, "images", id="range"),
+        pytest.param({"images": torch.full((2, 1, 4, 4), math.nan)}, "images", id="nan"),
+        pytest.param({"labels": torch.zeros(3, dtype=torch.int64)}, "labels", id="count"),
+        pytest.param({"labels": torch.tensor([0, 3])}, "labels", id="class"),
+    ],
+)
+def test_dataset_is_checked(fields: dict[str, Any], word: str) -> None:
+    valid = {"images": torch.zeros(2, 1, 4, 4), "labels": torch.zeros(2, dtype=torch.int64), "num_classes": 3}
+    with pytest.raises((ValueError, TypeError), match=word):
+        Dataset(**{**valid, **fields}, name="", source="", licence="")
+
+
+# Randomness and loss
+
+
+def test_draws_do_not_depend_on_the_batch_split() -> None:
+    whole = draw(sample_keys(5, 100, 12), (1, 4, 4), 1000, 0.3)
+    parts = [draw(sample_keys(5, 100 + start, n), (1, 4, 4), 1000, 0.3) for start, n in ((0, 1), (1, 7), (8, 4))]
+    for tensor, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(tensor, torch.cat(pieces))
+
+
+def test_runs_and_samples_share_no_key() -> None:
+    keys = torch.cat([sample_keys(seed, 0, 5000) for seed in (0, 1, 2**63 - 1)])
+    assert len(keys.unique()) == 15000
+
+
+def test_draw_has_the_stated_distributions() -> None:
+    n, T = 20000, 50
+    t, dropped, eps = draw(sample_keys(3, 0, n), (1, 2, 2), T, 0.1)
+    counts = t.bincount(minlength=T).double()
+    assert len(counts) == T
+    # chi-squared with 49 degrees of freedom: 5 standard deviations above its mean
+    assert ((counts - n / T) ** 2 / (n / T)).sum() < 49 + 5 * math.sqrt(2 * 49)
+    assert abs(dropped.double().mean() - 0.1) < 5 * math.sqrt(0.09 / n)
+    # neither t nor the label drop may lean on the noise or on one another
+    columns = torch.stack([t.double(), dropped.double(), *eps.flatten(1).double().unbind(1)])
+    correlation = torch.corrcoef(columns) - torch.eye(6)
+    assert correlation.abs().max() < 5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize(("p_uncond", "expected"), [(0.0, False), (1.0, True)])
+def test_p_uncond_extremes_are_exact(p_uncond: float, expected: bool) -> None:
+    dropped = draw(sample_keys(0, 0, 4000), (1, 1, 1), 10, p_uncond)[1]
+    assert (dropped == expected).all()
+
+
+def test_dropped_labels_reach_the_network_as_the_null_label() -> None:
+    model, data = conv_model(), small_data(8)
+    train(model, data, config(iterations=40, p_uncond=0.25), None, progress=False)
+    assert isinstance(model.network, ConvNet)
+    seen = torch.cat(model.network.seen)
+    assert abs((seen == 10).double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 320)
+    assert set(seen.tolist()) == {10, *data.labels.tolist()}
+
+
+def test_every_epoch_shows_every_image_once() -> None:
+    # 20 images, batches of 8: epochs end inside batches
+    model, data = conv_model(), small_data(20)
+    data = Dataset(data.images, torch.arange(20) % 10, 10, "", "", "")
+    train(model, data, config(iterations=10, p_uncond=0.0), None, progress=False)
+    assert isinstance(model.network, ConvNet)
+    epochs = torch.cat(model.network.seen).view(4, 20)
+    assert [epoch.bincount().tolist() for epoch in epochs] == [[2] * 10] * 4
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_loss_is_the_mean_squared_error_of_the_target(prediction: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, output = torch.randn(3, 5, 1, 4, 4, generator=generator).unbind(0)
+    t = torch.tensor([0, 1, 400, 900, 999])
+    schedule = Schedule.named("cosine")
+    abar = np.cumprod(1 - schedule.betas)[t.numpy()]
+    objective = Objective(schedule, prediction)
+    x = objective.noised(x0, eps, t)
+    losses = objective.loss(output, x0, eps, t)
+    for i in range(5):
+        alpha, sigma = math.sqrt(abar[i]), math.sqrt(1 - abar[i])
+        torch.testing.assert_close(x[i], (alpha * x0[i].double() + sigma * eps[i].double()).float())
+        target = {"eps": eps[i], "x0": x0[i], "v": alpha * eps[i] - sigma * x0[i]}[prediction]
+        torch.testing.assert_close(losses[i], ((output[i] - target) ** 2).mean())
+
+
+# The loop
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resume_is_bit_exact(tmp_path: Path, precision: str) -> None:
+    whole = train(unet_model(), small_data(), config(precision=precision), tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            unet_model(),
+            small_data(),
+            config(precision=precision),
+            tmp_path / "parts",
+            progress=False,
+            callback=stop_at(3),
+        )
+    torch.manual_seed(99)
+    torch.rand(7)
+    fresh = DiffusionModel(UNet(TINY), "cosine", "v", image_shape=(1, 8, 8), name="tiny")
+    resumed = train(fresh, small_data(), config(precision=precision), tmp_path / "parts", resume=True, progress=False)
+    assert_same(weights(whole), weights(resumed))
+    states = [checkpoint_tensors(tmp_path / name / "state.safetensors") for name in ("whole", "parts")]
+    assert_same(*states)
+    # moments, averages and weights are all there
+    assert {name.split(".")[0] for name in states[0]} == {"raw", "ema", "exp_avg", "exp_avg_sq"}
+
+
+def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_runs_are_repeatable_and_seeds_differ() -> None:
+    first, second, other = (
+        weights(train(conv_model(), small_data(), config(seed=seed), None, progress=False)) for seed in (1, 1, 2)
+    )
+    assert_same(first, second)
+    assert not torch.equal(first["last.weight"], other["last.weight"])
+
+
+def test_log_has_a_line_per_interval_and_resume_rewrites_its_tail(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(unet_model(), small_data(), config(), tmp_path, progress=False, callback=stop_at(3))
+    log = tmp_path / "log.jsonl"
+    # a killed run may have logged steps after its last save, the last line cut short
+    log.write_text(log.read_text() + '{"step": 4, "loss": 1.0}\n{"ste')
+    train(unet_model(), small_data(), config(), tmp_path, resume=True, progress=False)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert line.keys() == {"step", "loss", "grad_norm", "lr", "images_per_s", "seconds"}
+        assert line["lr"] == config().lr_at(line["step"] - 1)
+        assert line["loss"] > 0
+        assert line["images_per_s"] > 0
+    assert lines[0]["seconds"] < lines[2]["seconds"]
+
+
+def test_checkpoint_holds_the_average_and_its_provenance(tmp_path: Path) -> None:
+    data, cfg = small_data(), config()
+    returned = train(unet_model(), data, cfg, tmp_path, progress=False)
+    loaded = checkpoint.load(tmp_path / "model")
+    assert_same(weights(returned), weights(loaded))
+    assert (loaded.prediction, loaded.image_shape, loaded.name) == ("v", (1, 8, 8), "tiny")
+    facts = loaded.provenance["training"]
+    assert (facts["data"], facts["data_source"]) == (data.name, data.source)
+    assert (facts["iterations"], facts["seed"], facts["torch"]) == (6, cfg.seed, torch.__version__)
+    assert TrainConfig(**facts["config"]) == cfg
+
+
+def test_average_follows_its_formula() -> None:
+    cfg = config(iterations=5, save_every=1, ema_decay=0.4)
+    model, raw, averages = conv_model(), [], []
+
+    def record(step: int, averaged: DiffusionModel) -> None:
+        raw.append(copy.deepcopy(weights(model)))
+        averages.append(copy.deepcopy(weights(averaged)))
+
+    train(model, small_data(), cfg, None, progress=False, callback=record)
+    assert [cfg.ema_decay_at(n) for n in (1, 2, 10)] == [2 / 11, 3 / 12, 0.4]
+    expected = {name: tensor.double() for name, tensor in raw[0].items()}
+    for n in range(1, 5):
+        decay = min(0.4, (1 + n) / (10 + n))
+        expected = {name: decay * expected[name] + (1 - decay) * raw[n][name].double() for name in expected}
+        for name in expected:
+            torch.testing.assert_close(averages[n][name], expected[name].float(), rtol=1e-5, atol=1e-7)
+    assert not torch.equal(raw[4]["last.weight"], averages[4]["last.weight"])
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_loss_falls(tmp_path: Path, prediction: str) -> None:
+    model, data = conv_model(prediction), small_data(16)
+    objective = Objective(model.schedule, prediction)
+    t, _, eps = draw(sample_keys(77, 0, 16), (1, 8, 8), 1000, 0.0)
+
+    def measured(model: DiffusionModel) -> float:
+        with torch.no_grad():
+            output = model.network(objective.noised(data.images, eps, t), t.float(), data.labels)
+        return float(objective.loss(output, data.images, eps, t).mean())
+
+    before = measured(model)
+    after = measured(train(model, data, config(iterations=150, lr=1e-2, batch_size=16), None, progress=False))
+    assert after < 0.7 * before
+
+
+def test_gradients_are_clipped_and_the_rate_scales_the_step() -> None:
+    steps = {}
+    for lr in (1e-3, 2e-3):
+        model = conv_model()
+        before = copy.deepcopy(weights(model))
+        train(model, small_data(), config(iterations=1, lr=lr, warmup=4), None, progress=False)
+        steps[lr] = weights(model)["last.weight"] - before["last.weight"]
+    # Adam's first step is lr * sign(gradient), a quarter of lr here
+    torch.testing.assert_close(steps[1e-3].abs(), torch.full_like(steps[1e-3], 2.5e-4), rtol=1e-2, atol=0)
+    torch.testing.assert_close(steps[2e-3], 2 * steps[1e-3], rtol=1e-2, atol=0)
+
+    norms: list[float] = []
+    model = conv_model()
+
+    def record(step: int, averaged: DiffusionModel) -> None:
+        assert isinstance(model.network, ConvNet)
+        norms.append(
+            math.sqrt(sum(float(p.grad.square().sum()) for p in model.network.parameters() if p.grad is not None))
+        )
+
+    train(model, small_data(), config(save_every=1, grad_clip=1e-3), None, progress=False, callback=record)
+    assert max(norms) <= 1e-3 * 1.001
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_not_finite_stops_and_leaves_the_last_save(tmp_path: Path, fault: str) -> None:
+    model = unet_model()
+    network = model.network
+    assert isinstance(network, UNet)
+    kept: dict[str, bytes] = {}
+
+    def poison(step: int, averaged: DiffusionModel) -> None:
+        if step == 3:
+            kept.update({str(path): path.read_bytes() for path in tmp_path.rglob("*.safetensors")})
+            if fault == "loss":
+                network.out["2"].register_forward_hook(lambda module, given, output: output * math.nan)
+            else:
+                network.out["2"].weight.register_hook(lambda gradient: gradient * math.inf)
+            kept["weights"] = bytes(network.out["2"].bias.detach().numpy())
+
+    with pytest.raises(TrainingError, match="step 4"):
+        train(model, small_data(), config(), tmp_path, progress=False, callback=poison)
+    assert kept.pop("weights") == bytes(network.out["2"].bias.detach().numpy())
+    assert len(kept) == 2
+    assert {str(path): path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == kept
+    healthy = train(unet_model(), small_data(), config(), tmp_path, resume=True, progress=False)
+    assert all(tensor.isfinite().all() for tensor in weights(healthy).values())
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        pytest.param({field: value}, field, id=f"{field}={value}")
+        for field, value in [
+            ("iterations", 0),
+            ("iterations", 1.5),
+            ("batch_size", 0),
+            ("batch_size", True),
+            ("lr", 0.0),
+            ("lr", math.nan),
+            ("lr", math.inf),
+            ("lr", "fast"),
+            ("warmup", -1),
+            ("decay", "linear"),
+            ("final_lr", 1.1),
+            ("weight_decay", -0.1),
+            ("betas", (0.9, 1.0)),
+            ("betas", (-0.1, 0.9)),
+            ("betas", (0.9,)),
+            ("grad_clip", 0),
+            ("p_uncond", 1.01),
+            ("p_uncond", -0.01),
+            ("ema_decay", 1.0),
+            ("seed", -1),
+            ("seed", 2**63),
+            ("precision", "float16"),
+            ("log_every", -1),
+            ("save_every", -5),
+        ]
+    ],
+)
+def test_config_names_the_field(fields: dict[str, Any], word: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=word):
+        config(**fields)
+
+
+def test_learning_rate_rises_then_falls_to_its_fraction() -> None:
+    cfg = TrainConfig(iterations=101, lr=2.0, warmup=20, final_lr=0.1)
+    rates = [cfg.lr_at(step) for step in range(101)]
+    assert rates[:20] == pytest.approx([2.0 * (i + 1) / 20 for i in range(20)])
+    assert rates[20] == 2.0
+    assert rates[60] == pytest.approx(2.0 * (1 + 0.1) / 2)
+    assert rates[100] == pytest.approx(0.2)
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
+    constant = TrainConfig(iterations=101, lr=2.0, warmup=20, decay="constant")
+    assert {constant.lr_at(step) for step in range(20, 101)} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        pytest.param({"config": {"lr": 1e-3}}, "^lr must be", id="lr"),
+        pytest.param({"config": {"batch_size": 4}}, "^batch_size must be", id="batch-size"),
+        pytest.param({"config": {"iterations": 7}}, "^iterations must be", id="iterations"),
+        pytest.param({"config": {"betas": (0.9, 0.95)}}, "^betas must be", id="betas"),
+        pytest.param({"data": 19}, "^data must be", id="data"),
+        pytest.param({"prediction": "eps"}, "^prediction must be", id="prediction"),
+        pytest.param({"schedule": "linear"}, "^schedule must be", id="schedule"),
+        pytest.param({"channels": 16}, "^model must be", id="network"),
+    ],
+)
+def test_resume_refuses_another_run(state: Path, change: dict[str, Any], word: str) -> None:
+    fields = {**TINY.to_dict(), "channels": change.get("channels", 8)}
+    model = DiffusionModel(
+        UNet(UNetConfig.from_dict(fields)),
+        change.get("schedule", "cosine"),
+        change.get("prediction", "v"),
+        image_shape=(1, 8, 8),
+    )
+    before = (state / "state.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=word):
+        train(
+            model,
+            small_data(change.get("data", 20)),
+            config(**change.get("config", {})),
+            state,
+            resume=True,
+            progress=False,
+        )
+    assert (state / "state.safetensors").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    train(unet_model(), small_data(), config(), folder, progress=False)
+    return folder
+
+
+def test_a_finished_run_resumes_to_its_result(state: Path) -> None:
+    again = train(unet_model(), small_data(), config(log_every=1), state, resume=True, progress=False)
+    assert_same(weights(again), weights(checkpoint.load(state / "model")))
+
+
+def test_an_existing_run_is_not_overwritten(state: Path) -> None:
+    before = (state / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="resume=True"):
+        train(unet_model(), small_data(), config(), state, progress=False)
+    assert (state / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", None], ids=["empty", "garbage", "missing"])
+def test_resume_names_a_bad_state(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "state.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.safetensors"):
+        train(unet_model(), small_data(), config(), tmp_path, resume=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "word"),
+    [
+        pytest.param({"variance": "learned_range"}, {}, "variance", id="learned-variance"),
+        pytest.param({"null_label": None}, {}, "p_uncond", id="no-null-label"),
+        pytest.param({"num_classes": 3}, {}, "classes", id="too-few-classes"),
+        pytest.param({}, {"num_classes": None}, "labels", id="no-labels"),
+        pytest.param({}, {"images": torch.zeros(20, 1, 4, 4)}, "data", id="image-size"),
+    ],
+)
+def test_train_checks_that_model_and_data_fit(model: dict[str, Any], data: dict[str, Any], word: str) -> None:
+    base = small_data()
+    labels = base.labels if "num_classes" not in data else torch.zeros_like(base.labels)
+    given = {"images": base.images, "labels": labels, "num_classes": 10, **data}
+    with pytest.raises(ValueError, match=word):
+        train(conv_model(**model), Dataset(**given, name="", source="", licence=""), config(), None)
+
+
+def test_train_needs_a_float32_module_and_a_folder_to_resume() -> None:
+    with pytest.raises(TypeError, match="Module"):
+        train(DiffusionModel(lambda x, t, y: x, "cosine", image_shape=(1, 8, 8)), small_data(), config(), None)
+    double = conv_model()
+    assert isinstance(double.network, nn.Module)
+    double.network.double()
+    with pytest.raises(ValueError, match="float32"):
+        train(double, small_data(), config(), None)
+    with pytest.raises(ValueError, match="out"):
+        train(conv_model(), small_data(), config(), None, resume=True)
