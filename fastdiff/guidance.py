@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +73,7 @@ def resolve_w(w: Weight) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
-def _array(value: object, argument: str) -> npt.NDArray[np.generic]:
+def _array(value: object, argument: str) -> npt.NDArray[Any]:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()
@@ -82,7 +83,7 @@ def _array(value: object, argument: str) -> npt.NDArray[np.generic]:
         raise TypeError(f"{argument} must be a number or a flat sequence of numbers, got {value!r}") from None
 
 
-def _kind(value: object, array: npt.NDArray[np.generic]) -> str:
+def _kind(value: object, array: npt.NDArray[Any]) -> str:
     return type(value).__name__ if array.ndim == 0 and array.dtype.kind in "OUS" else str(array.dtype)
 
 

@@ -17,19 +17,18 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The torch device meant; None is a GPU if there is one. ValueError for one that is unknown or absent."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device must be 'cpu' or 'cuda[:n]', got {device!r}") from None
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu' or 'cuda[:n]', got {device!r}")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}, but torch sees no GPU; use device='cpu'")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} GPU(s)")
-    return found
+    if str(device) == "cpu":
+        return torch.device("cpu")  # without waking a driver
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None and not gpus:
+        return torch.device("cpu")
+    device = "cuda" if device is None else device
+    choices = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if str(device) not in choices:
+        why = "" if gpus else ", torch sees no GPU"
+        raise ValueError(f"device must be one of {choices} here{why}; got {str(device)!r}")
+    # with its index, as tensors report it
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else torch.device(device)
 
 
 def device_of(model: DiffusionModel) -> torch.device:

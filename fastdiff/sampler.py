@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastdiff_kernels import COEFS, STREAM_X_T, guided_step, load_row, philox_normal
 
 from fastdiff.checkpoint import load
 from fastdiff.diffusion_model import DiffusionModel
@@ -31,6 +30,7 @@ from fastdiff.noise import Seed, resolve_seeds
 from fastdiff.placement import default_dtype, device_of, eval_mode, placed, resolve_device, resolve_dtype
 from fastdiff.schedule import Steps
 from fastdiff.solvers import SOLVERS, Solver, StepTable
+from fastdiff_kernels import COEFS, STREAM_X_T, guided_step, load_row, philox_normal
 
 __all__ = ["Cancelled", "Sampler", "sample"]
 
@@ -223,7 +223,7 @@ class Sampler:
         b.w.copy_(plan.w)
         if b.y is not None and plan.y is not None:
             b.y[: plan.N].copy_(plan.y)
-            if plan.M:
+            if self.model.null_label is not None:
                 b.y[plan.N :].fill_(self.model.null_label)
         if replay.x_T is None:
             b.x.copy_(philox_normal(b.seeds, self.model.image_shape, draw=0, stream=STREAM_X_T, dtype=b.x.dtype))

@@ -37,7 +37,8 @@ def cosine_betas(num_train_timesteps: int, max_beta: float = 0.999) -> Array:
     """Cosine betas of Improved DDPM equation 17; float64 (T,)."""
     u = np.arange(num_train_timesteps + 1, dtype=np.float64) / num_train_timesteps
     alpha_bar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+    betas: Array = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+    return betas
 
 
 SCHEDULES: dict[str, Callable[[int], Array]] = {"linear": linear_betas, "cosine": cosine_betas}

@@ -98,7 +98,7 @@ class StepTable:
         if (self.log_beta < self.log_beta_tilde - 1e-12).any():
             raise ValueError("log_beta must be at least log_beta_tilde: they bound the learned variance")
 
-    def _law(self, law: str, got: Array, expected: npt.ArrayLike, scale: npt.ArrayLike = 1.0) -> None:
+    def _law(self, law: str, got: Array, expected: Array | float, scale: Array | float = 1.0) -> None:
         tolerance = 1e-10 * np.maximum(1, np.abs(scale))
         wrong = np.flatnonzero(~(np.abs(got - expected) <= tolerance))
         if len(wrong):

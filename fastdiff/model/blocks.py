@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from fastdiff_kernels import ada_group_norm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from fastdiff_kernels import ada_group_norm
 
 Conv = TypeVar("Conv", nn.Conv1d, nn.Conv2d)
 

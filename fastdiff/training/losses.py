@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from fastdiff_kernels import STREAM_TRAINING, philox_normal, philox_uint32
 
 from fastdiff.noise import seed_array
 from fastdiff.prediction import named_prediction
 from fastdiff.schedule import Schedule
+from fastdiff_kernels import STREAM_TRAINING, philox_normal, philox_uint32
 
 __all__ = ["Objective", "draw", "sample_keys"]
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastdiff_kernels import ada_group_norm, reference
 from torch import Tensor
+
+from fastdiff_kernels import ada_group_norm, reference
 
 IMPLEMENTATIONS = {"public": ada_group_norm, "reference": reference.ada_group_norm}
 # the guided-diffusion networks' channels per group, and two odd ones

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastdiff_kernels import COEFS, NUM_COEFS, STREAM_STEP, guided_step, philox_normal, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff_kernels import COEFS, NUM_COEFS, STREAM_STEP, guided_step, philox_normal, reference
 
 N, C, H, W = 4, 2, 3, 5
 NAN = float("nan")

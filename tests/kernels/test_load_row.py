@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fastdiff_kernels import NUM_COEFS, load_row
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff_kernels import NUM_COEFS, load_row
 
 CAPACITY, BATCH = 5, 3
 

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastdiff_kernels import STREAM_STEP, STREAM_TRAINING, STREAM_X_T, philox_normal, philox_uint32, reference
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff_kernels import STREAM_STEP, STREAM_TRAINING, STREAM_X_T, philox_normal, philox_uint32, reference
 
 # kat_vectors of Random123, philox4x32 with 10 rounds: counter, key, answer
 KNOWN_ANSWERS = {
