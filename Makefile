@@ -36,14 +36,14 @@ evaluate: setup
 	$(BIN)/fastdiff evaluate $(MODEL)
 
 bench: setup
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc -q
 
 # needs no install: torch, numpy, pytest and an NVIDIA GPU; COMMIT and DIRTY say what is measured where there is no git
 COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 DIRTY ?= $(shell test -z "$$(git status --porcelain 2>/dev/null)" && echo clean || echo dirty)
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.run --device cuda --commit $(COMMIT) --state $(DIRTY)
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest benchmarks --device cuda --commit $(COMMIT) --state $(DIRTY)
 
 wheel: setup
 	$(BIN)/python .ci/wheel.py
