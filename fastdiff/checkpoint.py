@@ -123,8 +123,8 @@ def save(
 def fresh(sections: Mapping[str, Any], *, seed: int = 0, device: torch.device | str | None = None) -> DiffusionModel:
     """An untrained model with the sections "network", "diffusion", "dtype" and "name" of a config.json.
 
-    seed: fixes the initial weights, float32, drawn on the CPU whatever the device; torch's random generators are left as
-        they were. device: None is the CPU.
+    seed: fixes the initial weights, float32, drawn on the CPU whatever the device.
+    device: None is the CPU. torch's random generators are left as they were.
     Raises ValueError or TypeError naming what is wrong, as strict as load.
     """
     target = torch.device("cpu") if device is None else resolve_device(device)

@@ -79,7 +79,7 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod(self) -> Array:
-        values = np.cumprod(1 - self.betas)
+        values: Array = np.cumprod(1 - self.betas)
         values.flags.writeable = False
         return values
 

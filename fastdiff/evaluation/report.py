@@ -1,0 +1,232 @@
+"""The report on a class-conditional model: fidelity against diversity over the guidance weight."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastdiff.evaluation.criteria import criteria
+from fastdiff.evaluation.figures import mean_std
+from fastdiff.evaluation.real import Labelled, Real
+from fastdiff.evaluation.results import append_row, device_name, git_state, read_rows, results_file
+from fastdiff.sampler import Model, Sampler
+
+__all__ = ["DEFAULT_SEEDS", "DEFAULT_WEIGHTS", "evaluate", "table"]
+
+# from the range of classifier-free guidance (2207.12598) table 1, with 1.5, which the accuracy criterion is about
+DEFAULT_WEIGHTS = (0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 4.0)
+DEFAULT_SEEDS = (0, 1, 2)
+FIGURES = ("accuracy", "spread_ratio", "frechet", "near_copies", "nearest_ratio", "images_per_second")
+ROW_KIND = "evaluation"
+ROW_FORMAT = 1  # raised when a figure changes its meaning: older rows are then measured again
+
+Report = dict[str, Any]
+
+
+def evaluate(
+    model: Model,
+    real_train: Labelled,
+    real_heldout: Labelled,
+    *,
+    weights: Sequence[float] = DEFAULT_WEIGHTS,
+    images: int = 1000,
+    seeds: Sequence[int] = DEFAULT_SEEDS,
+    steps: int | str = "ddim25",
+    solver: str = "ddim",
+    batch_size: int = 100,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    model_sha256: str | None = None,
+    commit: str | None = None,
+    dirty: bool | None = None,
+    progress: bool = True,
+    out: str | PathLike[str] | None = None,
+) -> Report:
+    """Measure a class-conditional model at each guidance weight; returns a JSON-able report with verdicts.
+
+    model: a DiffusionModel, a bundled model's name, or a checkpoint's folder.
+    real_train, real_heldout: (images float (N, C, H, W) in [-1, 1], labels int (N,)); the judge learns from
+        real_heldout only, the generated images are compared with real_train.
+    weights: guidance weights w >= 0. images: how many at each w and seed; their labels run 0, 1, ..., 0, 1, ...
+    seeds: at least two, for the error bars; each (w, seed) draws noise of its own.
+    steps, solver, batch_size, device, dtype: as in `fastdiff.Sampler`; "ddim25" is an integer stride, 25 evaluations.
+    model_sha256: identifies the weights. commit, dirty: of the code; commit=None asks git for both.
+    out: a .jsonl file, or a folder for <date>-<commit>-<device>.jsonl, to which one row a (w, seed) is appended. Rows
+        found there (in any .jsonl of the folder) with the same model_sha256, data and settings are not sampled again;
+        without model_sha256 none are reused.
+
+    The report has model_sha256, settings, real, points (one a w: mean and std over seeds of each figure of
+    `Real.measure`), criteria and environment; `table` prints it, `plot.tradeoff` draws it. Raises ValueError or
+    TypeError naming the argument, FloatingPointError where the model draws NaN.
+    """
+    w_list, seed_list = _checked_weights(weights), _checked_seeds(seeds)
+    sampler = Sampler(model, steps=steps, solver=solver, batch_size=batch_size, device=device, dtype=dtype)
+    num_classes = sampler.model.num_classes
+    if num_classes is None:
+        raise ValueError("model must be class-conditional, got one with num_classes=None")
+    if sampler.model.null_label is None and any(w_list):
+        raise ValueError("weights must be (0,) for a model with null_label=None: it cannot be guided")
+    if isinstance(images, bool) or not isinstance(images, int) or images < 2 * num_classes:
+        raise ValueError(f"images must be an integer of at least {2 * num_classes}, two a class, got {images!r}")
+    real = Real(real_train, real_heldout, num_classes, sampler.model.image_shape)
+    if commit is None:
+        commit, dirty = git_state()
+    name = device_name(sampler.device)
+    environment = {
+        "device": name,
+        "backend": sampler.device.type,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        "dirty": dirty,
+    }
+    settings = {
+        "data_sha256": real.digest(),
+        "images": images,
+        "steps": steps,
+        "solver": solver,
+        "dtype": str(sampler.dtype).removeprefix("torch."),
+    }
+    identity = {"kind": ROW_KIND, "format": ROW_FORMAT, "model_sha256": model_sha256, **settings}
+    file = None if out is None else results_file(out, commit, name)
+    known = _known_rows(out, identity)
+
+    labels = np.arange(images) % num_classes
+    points = [(w, seed) for w in w_list for seed in seed_list]
+    rows: dict[tuple[float, int], Report] = {point: known[point] for point in points if point in known}
+    reused = len(rows)
+    with tqdm(points, desc="evaluate", unit="point", initial=reused, disable=not progress) as bar:
+        for w, seed in points:
+            if (w, seed) in rows:
+                continue
+            row = {**identity, "w": w, "seed": seed, **_draw_and_measure(sampler, real, labels, w, seed)}
+            rows[w, seed] = {**row, "batch_size": batch_size, **environment}
+            if file is not None:
+                append_row(file, rows[w, seed])
+            bar.update()
+
+    real_figures = real.figures()
+    summary = [
+        {"w": w, **{f: mean_std(np.array([rows[w, seed][f] for seed in seed_list])) for f in FIGURES}} for w in w_list
+    ]
+    return {
+        "model_sha256": model_sha256,
+        "settings": {
+            **settings,
+            "batch_size": batch_size,
+            "nfe": len(sampler.table),
+            "weights": w_list,
+            "seeds": seed_list,
+        },
+        "real": real_figures,
+        "points": summary,
+        "criteria": criteria(real_figures, summary),
+        "environment": {
+            **environment,
+            "seconds": sum(row["seconds"] for row in rows.values()),
+            "points_sampled": len(rows) - reused,
+            "points_reused": reused,
+            "images_per_second": float(np.median([row["images_per_second"] for row in rows.values()])),
+            "results": None if file is None else file.name,
+        },
+    }
+
+
+def table(report: Report) -> str:
+    """The report in Markdown: figures over w, the real ones under them, and the criteria with met or MISSED."""
+    real, settings, environment = report["real"], report["settings"], report["environment"]
+    halves = real["frechet_halves"]
+    lines = [
+        "| w | accuracy | spread / real | Fréchet distance | near copies | distance to nearest / real |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for p in report["points"]:
+        cells = [
+            f"{p['w']:g}",
+            _percent(p["accuracy"]),
+            _plus_minus(p["spread_ratio"]),
+            _plus_minus(p["frechet"]),
+            _percent(p["near_copies"]),
+            _plus_minus(p["nearest_ratio"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        f"| real, {real['train_images']} training images | {_percent(real['accuracy'])} | 1 | 0 | - | - |",
+        f"| real, {real['heldout_images']} held-out images | - | {real['heldout_spread_ratio']:.3f} | "
+        f"{real['frechet_heldout']:.3f} | 1 % | 1 |",
+        f"| real, halves of {halves['sizes'][0]} and {halves['sizes'][1]} | - | - | {_plus_minus(halves)} | - | - |",
+        "",
+        f"{settings['images']} images a point, {len(settings['seeds'])} seeds (mean ± standard deviation), "
+        f"{settings['solver']} with steps={settings['steps']!r} ({settings['nfe']} evaluations), {settings['dtype']}, "
+        f"on {environment['device']} ({environment['images_per_second']:.1f} images/s).",
+        "",
+        "| criterion | measured | bound | |",
+        "| --- | --- | --- | --- |",
+    ]
+    verdicts = {True: "met", False: "**MISSED**", None: "not measured"}
+    for c in report["criteria"]:
+        value = "-" if c["value"] is None else f"{c['value']:.3f} ± {c['error']:.3f}"
+        lines.append(f"| {c['claim']} | {value} | {c['relation']} {c['bound']:.3f} | {verdicts[c['met']]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw_and_measure(sampler: Sampler, real: Real, labels: np.ndarray, w: float, seed: int) -> Report:
+    # a hash, so that no two points share an image's noise, in whatever order they run
+    sampler_seed = int.from_bytes(hashlib.sha256(f"{w!r} {seed}".encode()).digest()[:7])
+    started = time.perf_counter()
+    images = sampler(labels.tolist(), w, seed=sampler_seed).cpu()
+    seconds = time.perf_counter() - started
+    if not torch.isfinite(images).all():
+        raise FloatingPointError(f"the model drew images that are not finite at w = {w:g}, seed {seed}")
+    return {
+        **real.measure(images, labels),
+        "sampler_seed": sampler_seed,
+        "seconds": seconds,
+        "images_per_second": len(images) / seconds,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _known_rows(out: str | PathLike[str] | None, identity: Report) -> dict[tuple[float, int], Report]:
+    if out is None or identity["model_sha256"] is None:
+        return {}
+    return {
+        (row["w"], row["seed"]): row
+        for row in read_rows(out, ROW_KIND)
+        if all(row.get(key) == value for key, value in identity.items())
+    }
+
+
+def _plus_minus(figure: Report) -> str:
+    return f"{figure['mean']:.3f} ± {figure['std']:.3f}"
+
+
+def _percent(figure: Report) -> str:
+    return f"{100 * figure['mean']:.1f} ± {100 * figure['std']:.1f} %"
+
+
+def _checked_weights(weights: Sequence[float]) -> list[float]:
+    try:
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        raise TypeError(f"weights must be a sequence of numbers, got {weights!r}") from None
+    if not values or len(set(values)) != len(values) or not all(math.isfinite(w) and w >= 0 for w in values):
+        raise ValueError(f"weights must be different finite numbers of at least 0, got {weights!r}")
+    return sorted(values)
+
+
+def _checked_seeds(seeds: Sequence[int]) -> list[int]:
+    if isinstance(seeds, int | str) or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
+        raise TypeError(f"seeds must be a sequence of integers, got {seeds!r}")
+    if len(set(seeds)) != len(seeds) or len(seeds) < 2:
+        raise ValueError(f"seeds must be at least two different integers, for the error bars, got {seeds!r}")
+    return list(seeds)
