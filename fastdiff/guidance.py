@@ -44,7 +44,7 @@ def resolve_labels(labels: Labels, num_classes: int | None, null_label: int | No
     array = _array(labels, "labels")
     if array.size == 0:
         array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and not all(type(value) is int for value in array.flat):  # past 64 bits
         raise TypeError(f"labels must be integers, got {_kind(labels, array)}")
     if array.ndim > 1:
         raise ValueError(f"labels must be an integer or a vector (N,), got shape {array.shape}")
@@ -68,8 +68,9 @@ def resolve_w(w: Weight) -> torch.Tensor:
     if array.ndim > 1:
         raise ValueError(f"w must be a number or a vector (N,), got shape {array.shape}")
     values = array.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"w must be finite, got {values[~np.isfinite(values)].flat[0]}")
+    finite = np.abs(values) <= np.finfo(np.float32).max
+    if not finite.all():
+        raise ValueError(f"w must be finite, got {values[~finite].flat[0]}")
     return torch.from_numpy(values)
 
 

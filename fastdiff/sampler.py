@@ -119,13 +119,15 @@ class Sampler:
             raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if clip_x0 is not None and not isinstance(clip_x0, bool):
+            raise TypeError(f"clip_x0 must be True, False or None, got {clip_x0!r}")
+        if not isinstance(model, DiffusionModel | str | PathLike):
+            raise TypeError(f"model must be a DiffusionModel, a name or a folder, got {type(model).__name__}")
         if isinstance(model, DiffusionModel):
             self.device = resolve_device(device) if device is not None else device_of(model)
         else:
             self.device = resolve_device(device)
             model = load(model, device=self.device, dtype=dtype)
-        if not isinstance(model, DiffusionModel):
-            raise TypeError(f"model must be a DiffusionModel, a name or a folder, got {type(model).__name__}")
         self.model = model
         self.dtype = dtype or default_dtype(model, self.device)
         if self.dtype == torch.float64 and self.device.type != "cpu":
@@ -138,6 +140,7 @@ class Sampler:
         self.check_finite = check_finite
         self._buffers: tuple[tuple[int, int, bool, bool], _Buffers] | None = None
         self._lock = threading.Lock()
+        self._sampling: int | None = None  # the thread that holds the lock
 
     @property
     def timesteps(self) -> list[float]:
@@ -189,10 +192,22 @@ class Sampler:
             batches.append((part, plan, replay))
         images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
         total = len(batches) * len(self.table)
-        with self._lock, torch.no_grad(), eval_mode(self._network), _progress_bar(progress, total) as bar:
+        with self._turn(), torch.no_grad(), eval_mode(self._network), _progress_bar(progress, total) as bar:
             for part, plan, replay in batches:
                 images[part] = self._run(plan, replay, part.start, bar, callback)
         return images
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time: they share the buffers. A call from inside a call would wait for itself."""
+        if self._sampling == threading.get_ident():
+            raise RuntimeError("this sampler is sampling already; a callback or network needs a Sampler of its own")
+        with self._lock:
+            self._sampling = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._sampling = None
 
     def _run(self, plan: GuidancePlan, replay: _Replay, start: int, bar: Any, callback: Callback) -> torch.Tensor:
         """One batch, from x_T to images, in the caller's order; start is its first image's number in the call."""
@@ -370,15 +385,16 @@ def _build_table(
     takes = inspect.signature(build).parameters
     options = {
         "prediction": model.prediction,
-        "clip_x0": model.clip_x0 if clip_x0 is None else bool(clip_x0),
+        "clip_x0": model.clip_x0 if clip_x0 is None else clip_x0,
         "variance": model.variance,
     }
-    if eta is not None:
-        if "eta" not in takes:
-            raise ValueError(f"eta: solver {solver!r} has none; leave it out, or use solver='ddim'")
-        options["eta"] = eta
     # what a functools.partial has fixed already stays as it is
     fixed = build.keywords if isinstance(build, functools.partial) else {}
+    if eta is not None:
+        if "eta" not in takes or "eta" in fixed:
+            why = "has none" if "eta" not in takes else "has fixed it already"
+            raise ValueError(f"eta: solver {solver!r} {why}; leave it out, or use solver='ddim'")
+        options["eta"] = eta
     table = build(model.schedule, steps, **{k: v for k, v in options.items() if k in takes and k not in fixed})
     if not isinstance(table, StepTable):
         raise TypeError(f"solver must return a StepTable, got {type(table).__name__}")

@@ -79,7 +79,7 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod(self) -> Array:
-        values: Array = np.cumprod(1 - self.betas)
+        values = np.cumprod(1 - self.betas, dtype=np.float64)
         values.flags.writeable = False
         return values
 

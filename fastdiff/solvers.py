@@ -72,6 +72,7 @@ class StepTable:
         self._check_laws()
 
     def _check_laws(self) -> None:
+        rows = len(self.t)
         if self.variance not in ("exact", "learned", "fixed_large"):
             raise ValueError(f"variance must be 'exact', 'learned' or 'fixed_large', got {self.variance!r}")
         g_x0, g_eps = named_prediction(self.prediction).target(self.alpha, self.sigma)
@@ -83,16 +84,19 @@ class StepTable:
         hist_eps = np.concatenate(([0.0], (self.h_x * self.sigma)[:-1]))
         mean = self.c_x * self.alpha + self.c_x0 + self.c_out * g_x0 + self.c_hist * hist_x0
         self._law("the mean of x' = alpha_next * x0", mean, self.alpha_next, self.c_x0)
-        noise = np.exp(self.log_beta_tilde) * (self.c_noise != 0) if self.variance == "learned" else self.c_noise**2
+        least = np.exp(self.log_beta_tilde) if self.variance == "learned" else 1.0
+        kept = self.c_x * self.sigma + self.c_out * g_eps + self.c_hist * hist_eps
+        variance, expected = kept**2 + self.c_noise**2 * least, self.sigma_next**2
         if self.variance == "fixed_large":
-            variance, target = (self.c_x + self.alpha * self.c_x0) ** 2 + noise, np.ones(len(self.t))
-            variance[-1] = 1.0
-        else:
-            variance = (self.c_x * self.sigma + self.c_out * g_eps + self.c_hist * hist_eps) ** 2 + noise
-            target = self.sigma_next**2
-        self._law("the variance of x'", variance, target, self.c_x0)
+            # on data of unit variance x has it too, the best x0 is alpha * x and eps sigma * x, and x' has it again
+            kept = self.c_x + self.c_x0 * self.alpha + self.c_out * (g_x0 * self.alpha + g_eps * self.sigma)
+            variance = np.append((kept**2 + self.c_noise**2)[:-1], variance[-1:])
+            expected = np.append(np.ones(rows - 1), expected[-1:])
+        self._law("the variance of x'", variance, expected, self.c_x0)
+        self._law("alpha^2 + sigma^2 = 1", self.alpha**2 + self.sigma**2, 1)
+        self._law("alpha_next^2 + sigma_next^2 = 1", self.alpha_next**2 + self.sigma_next**2, 1)
         self._law("the last row's alpha_next = 1", self.alpha_next[-1:], 1)
-        self._law("the last row's sigma_next = 0", self.sigma_next[-1:], 0)
+        self._law("the last row adds no noise", self.c_noise[-1:], 0)
         if self.c_hist[0] != 0 or self.c_hist[-1] != 0:
             raise ValueError("a table's first row has no history, and its last is first order: c_hist must be 0 there")
         if (self.log_beta < self.log_beta_tilde - 1e-12).any():

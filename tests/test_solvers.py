@@ -1,0 +1,288 @@
+"""sample() with every solver against the papers' literal loops, and the laws that a table must keep"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+from reference import ddim as paper_ddim
+from reference import ddpm as paper_ddpm
+from reference import schedule as paper
+from reference.guidance import guided
+from reference.networks import NULL, mixing, mixing_learned, randomness
+
+import fastdiff
+from fastdiff import SOLVERS, DiffusionModel, Schedule, StepTable
+from fastdiff.solvers import ddim, ddpm
+
+T = 1000
+BETAS = {"linear": paper.linear_betas(T), "cosine": paper.cosine_betas(T)}
+SHAPE, LABELS = (2, 4, 4), [3, 0]
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+DDIM_EPS = {"x0": "ddim", "network": functools.partial(ddim, eps="network")}
+
+
+def a_model(schedule="linear", **options) -> DiffusionModel:
+    network = mixing_learned if options.get("variance") == "learned_range" else mixing
+    return DiffusionModel(network, schedule, image_shape=SHAPE, null_label=NULL, **options)
+
+
+def literal(loop, times, x_T, noise, *, schedule="linear", learned=False, **options) -> np.ndarray:
+    abars = [paper.abar_at(t, BETAS[schedule]) for t in times]
+    network = mixing_learned if learned else mixing
+    images = []
+    for i, label in enumerate(LABELS):
+        predict = guided(network, label, 0.0, null_label=NULL, channels=SHAPE[0])
+        images.append(loop.sample(predict, x_T[i].numpy(), noise[:, i].numpy(), times, abars, **options))
+    return np.stack(images)
+
+
+def assert_images(got: torch.Tensor, expected: np.ndarray, atol: float = 1e-10) -> None:
+    np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=atol * max(1.0, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clip", "no clip"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_ddpm_is_algorithm_2(variance, prediction, schedule, clip):
+    x_T, noise = randomness(12, 2)
+    images = fastdiff.sample(
+        a_model(schedule, prediction=prediction, variance=variance, clip_x0=clip),
+        LABELS,
+        steps=12,
+        solver="ddpm",
+        x_T=x_T,
+        noise=noise,
+        dtype=torch.float64,
+    )
+    learned = variance == "learned_range"
+    times, options = paper.sections([12], T)[::-1], {"prediction": prediction, "variance": variance, "clip": clip}
+    assert_images(images, literal(paper_ddpm, times, x_T, noise, schedule=schedule, learned=learned, **options))
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clip", "no clip"])
+@pytest.mark.parametrize("eps", sorted(DDIM_EPS))
+@pytest.mark.parametrize("eta", [0, 0.3, 1])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_ddim_is_equation_12(schedule, prediction, eta, eps, clip):
+    x_T, noise = randomness(12, 2)
+    images = fastdiff.sample(
+        a_model(schedule, prediction=prediction, clip_x0=clip),
+        LABELS,
+        steps=12,
+        solver=DDIM_EPS[eps],
+        eta=eta,
+        x_T=x_T,
+        noise=noise,
+        dtype=torch.float64,
+    )
+    times, options = paper.sections([12], T)[::-1], {"prediction": prediction, "eta": eta, "clip": clip}
+    assert_images(images, literal(paper_ddim, times, x_T, noise, schedule=schedule, eps_from=eps, **options))
+
+
+SPACINGS = {
+    "int": (7, paper.sections([7], T)[::-1]),
+    "N": ("9", paper.sections([9], T)[::-1]),
+    "all": (T, list(range(T))[::-1]),
+    "one": (1, [T - 1]),
+    "ddimN": ("ddim8", paper.integer_stride(8, T)[::-1]),
+    "sections": ("2,3,5", paper.sections([2, 3, 5], T)[::-1]),
+    "leading": ("leading:7", paper.leading(7, T)),
+    "linspace": ("linspace:7", paper.linspace(7, T)),
+    "trailing": ("trailing:8", paper.trailing(8, T)),
+    "explicit": ([990, 600, 41, 5], [990, 600, 41, 5]),
+    "fractional": ([998.5, 610.25, 40.125, 0.5], [998.5, 610.25, 40.125, 0.5]),
+}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_every_spacing_visits_its_own_chain(solver, spacing):
+    steps, times = SPACINGS[spacing]
+    x_T, noise = randomness(len(times), 2)
+    sampler = fastdiff.Sampler(
+        a_model("cosine", variance="learned_range"),
+        steps=steps,
+        solver=solver,
+        eta=0.3 if solver == "ddim" else None,
+        dtype=torch.float64,
+    )
+    assert sampler.timesteps == times
+    options = {"eta": 0.3} if solver == "ddim" else {"variance": "learned_range"}
+    loop = paper_ddim if solver == "ddim" else paper_ddpm
+    expected = literal(loop, times, x_T, noise, schedule="cosine", learned=True, **options)
+    assert_images(sampler(LABELS, x_T=x_T, noise=noise), expected)
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clip", "no clip"])
+@pytest.mark.parametrize("solver", [*VARIANCES, "ddim", "ddim eta 0.3", "ddim eps network"])
+@pytest.mark.parametrize("steps", [1, 10, 50])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_float32_errs_by_its_conditioning_alone(schedule, steps, solver, clip):
+    x_T, noise = randomness(steps, 2)
+    times = paper.sections([steps], T)[::-1] if steps > 1 else [T - 1]
+    if solver in VARIANCES:
+        model, build, eta = a_model(schedule, variance=solver, clip_x0=clip), "ddpm", None
+        loop, options = paper_ddpm, {"variance": solver}
+        table = ddpm(model.schedule, steps, variance=solver)
+    else:
+        eps, eta = "network" if "network" in solver else "x0", 0.3 if "0.3" in solver else 0.0
+        model, build = a_model(schedule, clip_x0=clip), DDIM_EPS[eps]
+        loop, options = paper_ddim, {"eta": eta, "eps_from": eps}
+        table = ddim(model.schedule, steps, eps=eps, eta=eta)
+    images = fastdiff.sample(model, LABELS, steps=steps, solver=build, eta=eta, x_T=x_T, noise=noise)
+    assert images.dtype == torch.float32
+    learned = solver == "learned_range"
+    expected = literal(loop, times, x_T, noise, schedule=schedule, learned=learned, clip=clip, **options)
+    # unclipped, this network drives images to hundreds: the bound is in units of the image
+    assert_images(images, expected, max(1e-5, 8 * 2**-24 * np.abs(table.c_x0 * table.k_x).max()))
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clip", "no clip"])
+@pytest.mark.parametrize("steps", [1, 10, 50, 1000])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_ddpm_is_ddim_with_eta_1(schedule, steps, clip):
+    model = a_model(schedule, clip_x0=clip)
+    x_T, noise = randomness(steps, 2)
+    options = {"steps": steps, "x_T": x_T, "noise": noise, "dtype": torch.float64}
+    first = fastdiff.sample(model, LABELS, solver="ddpm", **options)
+    second = fastdiff.sample(model, LABELS, solver="ddim", eta=1, **options)
+    assert_images(first, second.numpy(), 1e-11)
+
+
+def test_the_two_eps_conventions_differ_only_where_x0_is_clipped():
+    x_T, _ = randomness(20, 2)
+    images = {
+        (eps, clip): fastdiff.sample(a_model(clip_x0=clip), LABELS, steps=20, solver=solver, x_T=x_T, dtype="float64")
+        for eps, solver in DDIM_EPS.items()
+        for clip in (True, False)
+    }
+    assert (images["x0", True] - images["network", True]).abs().max() > 1e-3
+    assert_images(images["x0", False], images["network", False].numpy(), 1e-12)
+
+
+def test_the_clip_of_the_call_goes_before_the_models():
+    x_T, _ = randomness(10, 2)
+    options = {"steps": 10, "x_T": x_T, "dtype": torch.float64}
+    clipped = fastdiff.sample(a_model(clip_x0=False), LABELS, clip_x0=True, **options)
+    assert torch.equal(clipped, fastdiff.sample(a_model(clip_x0=True), LABELS, **options))
+    assert not torch.equal(clipped, fastdiff.sample(a_model(clip_x0=False), LABELS, **options))
+    # the last row of DDIM is its x0
+    assert clipped.abs().max() <= 1
+
+
+def zero_terminal_snr() -> Schedule:
+    """Its last beta is 1: x_T holds no signal"""
+    return Schedule(np.append(np.array(BETAS["linear"][:-1]), 1.0))
+
+
+def test_zero_terminal_snr_wants_another_prediction_than_eps():
+    with pytest.raises(ValueError, match="alpha = 0"):
+        fastdiff.Sampler(a_model(zero_terminal_snr()), steps=10)
+    for solver in SOLVERS:
+        images = fastdiff.sample(a_model(zero_terminal_snr(), prediction="v"), LABELS, steps=10, solver=solver, seed=0)
+        assert torch.isfinite(images).all()
+
+
+TABLES = {
+    "ddim": functools.partial(ddim, eta=0.0),
+    "ddim eta 0.3": functools.partial(ddim, eta=0.3),
+    "ddim eta 1": functools.partial(ddim, eta=1.0),
+    "ddim eps network": functools.partial(ddim, eps="network"),
+    **{f"ddpm {variance}": functools.partial(ddpm, variance=variance) for variance in VARIANCES},
+}
+LAW = r"row \d+ breaks a law of the table"
+
+
+def a_table(name: str, prediction: str = "eps") -> StepTable:
+    return TABLES[name](Schedule.named("linear"), 9, prediction=prediction)
+
+
+def perturbed(table: StepTable, coefficient: str, row: int, by: float = 1e-3) -> dict:
+    values = getattr(table, coefficient).copy()
+    values[row] += by
+    return {coefficient: values}
+
+
+@pytest.mark.parametrize(
+    "coefficient", ["alpha", "sigma", "alpha_next", "sigma_next", "k_x", "k_out", "c_x", "c_x0", "c_out", "c_noise"]
+)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_wrong_coefficient_breaks_a_law(name, prediction, coefficient):
+    table = a_table(name, prediction)
+    for row in range(len(table)):
+        for by in (1e-3, -1e-3):
+            with pytest.raises(ValueError, match=LAW):
+                dataclasses.replace(table, **perturbed(table, coefficient, row, by))
+
+
+@pytest.mark.parametrize("row", [0, 4])
+def test_the_bounds_of_a_learned_variance_are_laws_too(row):
+    table = a_table("ddpm learned_range")
+    with pytest.raises(ValueError, match=LAW):
+        dataclasses.replace(table, **perturbed(table, "log_beta_tilde", row, -1e-3))
+    low = table.log_beta_tilde - 1e-3
+    with pytest.raises(ValueError, match="log_beta must be at least log_beta_tilde"):
+        dataclasses.replace(table, log_beta=low)
+
+
+@pytest.mark.parametrize("row", [0, -1], ids=["first", "last"])
+def test_the_first_and_the_last_row_have_no_history(row):
+    table = a_table("ddim")
+    with pytest.raises(ValueError, match="c_hist must be 0 there"):
+        dataclasses.replace(table, **perturbed(table, "c_hist", row))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_nan_is_no_coefficient(name):
+    table = a_table(name)
+    for coefficient in ("k_x", "k_out", "c_x", "c_x0", "c_out", "c_noise"):
+        with pytest.raises(ValueError, match=LAW):
+            dataclasses.replace(table, **perturbed(table, coefficient, 3, float("nan")))
+
+
+def test_a_table_that_does_not_end_clean():
+    table = a_table("ddim")
+    rows = {
+        f.name: getattr(table, f.name)[:-1]
+        for f in dataclasses.fields(table)
+        if f.name not in ("prediction", "variance")
+    }
+    with pytest.raises(ValueError, match="the last row's alpha_next = 1"):
+        StepTable(prediction="eps", **rows)
+
+
+def test_an_unknown_variance_of_a_table():
+    with pytest.raises(ValueError, match="variance must be 'exact', 'learned' or 'fixed_large', got 'small'"):
+        dataclasses.replace(a_table("ddim"), variance="small")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_read_only_and_tells_what_it_is(name):
+    table = a_table(name)
+    assert len(table) == 9
+    assert table.learned == ("learned" in name)
+    assert table.stochastic == (name not in ("ddim", "ddim eps network"))
+    assert not table.has_history
+    assert table.c_noise[-1] == 0
+    np.testing.assert_allclose(table.sigma_edm, table.sigma / table.alpha)
+    with pytest.raises(ValueError, match="read-only"):
+        table.c_x[0] = 1
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), True, "0.5", None], ids=str)
+def test_ddim_refuses_an_eta_outside_0_to_1(eta):
+    with pytest.raises(ValueError, match=r"eta must be a number in \[0, 1\]"):
+        ddim(Schedule.named("linear"), 10, eta=eta)
+
+
+def test_solver_options_list_their_choices():
+    schedule = Schedule.named("linear")
+    with pytest.raises(ValueError, match="eps must be 'x0' or 'network', got 'clipped'"):
+        ddim(schedule, 10, eps="clipped")
+    with pytest.raises(ValueError, match=r"variance must be 'fixed_small', .* got 'tiny'"):
+        ddpm(schedule, 10, variance="tiny")
