@@ -21,20 +21,23 @@ _TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}-(.+)")
 _LOCK_SECONDS = 60.0
 
 
-def replace(path: Path, data: bytes) -> None:
+def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """path holds data, or what it held before; no temporary is left but by a kill. durable: on the disk at return."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    # The new name must be on the disk before anything that relies on it, or before what it replaces goes
-    _sync(path.parent)
+    if durable:
+        # the new name must be on the disk before anything that relies on it, or before what it replaces goes
+        _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from fastdiff.prediction import named_prediction
 from fastdiff.schedule import Schedule
 
-__all__ = ["VARIANCES", "DiffusionModel"]
+__all__ = ["VARIANCES", "DiffusionModel", "Network"]
 
 Network = Callable[..., torch.Tensor]
 

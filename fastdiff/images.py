@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import secrets
 import stat
 import tempfile
 import zipfile
@@ -19,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from fastdiff.atomic import replace
 
 __all__ = [
     "check_out",
@@ -40,8 +41,8 @@ _FONT_SIZE = 18
 _BACKGROUND, _INK = (244, 244, 242), (40, 40, 40)
 _MAX_PIXELS = 2**26  # Pillow warns of larger pictures when it opens them
 _MAX_METADATA = 2**24
-# the second kind is left by a killed run
-_OURS = re.compile(r"\d{5,}(_label\d+)?\.png|\.tmp-\d+-[0-9a-f]{8}")
+# a killed run leaves the temporary ones
+_OURS = re.compile(r"(\.tmp-\d+-[0-9a-f]{8}-)?\d{5,}(_label\d+)?\.png")
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -148,7 +149,7 @@ def save_png(
     Raises ValueError like check_out, OSError where writing fails.
     """
     _check_kind(path, "png", force)
-    _replace(Path(path), _png(picture, metadata))
+    replace(Path(path), _png(picture, metadata), durable=False)
 
 
 def save_npz(
@@ -170,7 +171,7 @@ def save_npz(
         arrays["arr_1"] = np.array(_labels(labels, len(pixels)), dtype=np.int64)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    _replace(Path(path), buffer.getvalue())
+    replace(Path(path), buffer.getvalue(), durable=False)
 
 
 def save_folder(
@@ -197,7 +198,7 @@ def save_folder(
     written = []
     try:
         for name, array, facts in zip(names, pixels, metadata, strict=True):
-            _replace(folder / name, _png(_image(array), facts))
+            replace(folder / name, _png(_image(array), facts), durable=False)
             written.append(folder / name)
         for old in set(os.listdir(folder)) - set(names):
             (folder / old).unlink()
@@ -294,15 +295,3 @@ def _blaming(text: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

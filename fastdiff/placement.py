@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from fastdiff.diffusion_model import DiffusionModel
+from fastdiff.diffusion_model import DiffusionModel, Network
 
 __all__ = ["DTYPES", "default_dtype", "device_of", "eval_mode", "placed", "resolve_device", "resolve_dtype"]
 
@@ -54,16 +54,22 @@ def default_dtype(model: DiffusionModel, device: torch.device) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def placed(
-    network: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> Callable[..., torch.Tensor]:
-    """The network itself where it fits device and dtype already, else a converted copy; functions are left alone."""
+def placed(network: Network, device: torch.device, dtype: torch.dtype, reuse: torch.nn.Module | None = None) -> Network:
+    """The network itself where it fits device and dtype already, else a converted copy; functions are left alone.
+
+    reuse: an earlier copy of the same network, into whose memory the weights of today go.
+    """
     if not isinstance(network, torch.nn.Module):
         return network
     tensors = [*network.parameters(), *network.buffers()]
     if all(p.device == device and (p.dtype == dtype or not p.is_floating_point()) for p in tensors):
         return network
-    return copy.deepcopy(network).to(device, dtype)
+    if reuse is None:
+        return copy.deepcopy(network).to(device, dtype)
+    with torch.no_grad():
+        for old, new in zip([*reuse.parameters(), *reuse.buffers()], tensors, strict=True):
+            old.copy_(new)
+    return reuse
 
 
 @contextlib.contextmanager

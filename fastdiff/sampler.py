@@ -91,8 +91,10 @@ class Sampler:
     check_finite: look for NaN and infinity after every row (one host read a row) and raise FloatingPointError that
         names row and image.
 
-    The network is used in place where device and dtype fit, and through a converted copy otherwise. Calls from several
-    threads are served in turn. Raises ValueError, TypeError or CheckpointError naming the argument.
+    The network is used in place where device and dtype fit, and otherwise through a converted copy, which takes over
+    the network's weights at every call. Calls from several threads are served in turn.
+
+    Raises ValueError, TypeError or CheckpointError naming the argument.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Sampler:
             raise ValueError(f"dtype=torch.float64 runs on the CPU only, got device {self.device}")
         self.table = _build_table(model, solver, steps, eta, clip_x0)
         self._guided = guided_rows(self.table.sigma_edm, guidance_interval)
+        self._source = model.network
         self._network = placed(model.network, self.device, self.dtype)
         self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.batch_size = batch_size
@@ -192,7 +195,7 @@ class Sampler:
             batches.append((part, plan, replay))
         images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
         total = len(batches) * len(self.table)
-        with self._turn(), torch.no_grad(), eval_mode(self._network), _progress_bar(progress, total) as bar:
+        with self._turn(), torch.no_grad(), self._current_network(), _progress_bar(progress, total) as bar:
             for part, plan, replay in batches:
                 images[part] = self._run(plan, replay, part.start, bar, callback)
         return images
@@ -208,6 +211,16 @@ class Sampler:
                 yield
             finally:
                 self._sampling = None
+
+    @contextlib.contextmanager
+    def _current_network(self) -> Iterator[None]:
+        """The model's network with the weights it has now, in eval mode; a copy of it is brought up to date."""
+        copied = self._network if self._network is not self._source and self._source is self.model.network else None
+        self._source = self.model.network
+        reuse = copied if isinstance(copied, torch.nn.Module) else None
+        self._network = placed(self._source, self.device, self.dtype, reuse)
+        with eval_mode(self._network):
+            yield
 
     def _run(self, plan: GuidancePlan, replay: _Replay, start: int, bar: Any, callback: Callback) -> torch.Tensor:
         """One batch, from x_T to images, in the caller's order; start is its first image's number in the call."""

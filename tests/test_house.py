@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prediction": set(),
     "guidance": set(),
     "noise": set(),
-    "images": set(),
+    "images": {"atomic"},
     "atomic": set(),
     "diffusion_model": {"schedule", "prediction"},
     "placement": {"diffusion_model"},

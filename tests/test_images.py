@@ -207,7 +207,7 @@ def test_a_folder_holds_one_picture_an_image(tmp_path: Path) -> None:
     for name, image, said in zip(names, images, facts, strict=True):
         assert (np.asarray(Image.open(folder / name)) == image.numpy()).all()
         assert read_metadata(folder / name) == said
-    (folder / ".tmp-12-0123abcd").write_text("left by a kill")
+    (folder / ".tmp-12-0123abcd-00000.png").write_text("left by a kill")
     with pytest.raises(ValueError, match="pictures already"):
         save_folder(folder, images, None, facts)
     save_folder(folder, images[:2], None, facts[:2], force=True)

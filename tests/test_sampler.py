@@ -343,3 +343,35 @@ def test_options_of_a_partial_stay_as_they_are():
     large = fastdiff.sample(model, solver=functools.partial(ddpm, variance="fixed_large"), **options)
     assert torch.equal(large, fastdiff.sample(a_model(variance="fixed_large"), solver="ddpm", **options))
     assert not torch.equal(large, fastdiff.sample(model, solver="ddpm", **options))
+
+
+def test_weights_that_change_after_construction_are_never_stale():
+    """In place, through a converted copy, and where the network is replaced or moved to another dtype"""
+
+    def built(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+
+        class Tiny(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mix = torch.nn.Conv2d(2, 2, 3, padding=1)
+
+            def forward(self, x, t, y):
+                return torch.tanh(self.mix(x))
+
+        return Tiny()
+
+    for dtype in (torch.float32, torch.float64):
+        model = a_model(built(0))
+        sampler = Sampler(model, steps=STEPS, dtype=dtype)
+        before = sampler([1, 2], seed=0)
+        # .data hides the change from autograd's version counters, as some averages of weights do
+        model.network.mix.weight.data.mul_(0.5)
+        after = sampler([1, 2], seed=0)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, Sampler(model, steps=STEPS, dtype=dtype)([1, 2], seed=0))
+        model.network = built(1)
+        replaced = sampler([1, 2], seed=0)
+        assert torch.equal(replaced, Sampler(model, steps=STEPS, dtype=dtype)([1, 2], seed=0))
+        model.network.to(torch.float64 if dtype == torch.float32 else torch.float32)
+        assert sampler.dtype == dtype and (sampler([1, 2], seed=0) - replaced).abs().max() < 1e-5
