@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -25,9 +28,9 @@ from fastdiff.model import UNet, UNetConfig
 from fastdiff.training import digits, npz
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
 COMMANDS = {"sample": cli.Sample, "train": cli.Train, "evaluate": cli.Evaluate, "info": cli.Info, "doctor": cli.Doctor}
 FAST = ["--steps", "3", "-n", "2", "--labels", "3,1"]
-needs_bundled = pytest.mark.skipif(not (BUNDLED["digits"] / "config.json").exists(), reason="no bundled model yet")
 NETWORK = UNetConfig(
     **{"image_size": 16, "in_channels": 1, "out_channels": 1, "channels": 8, "channel_mult": (1, 2), "num_blocks": 1},
     **{"attention_resolutions": (), "num_heads": 1, "head_channels": None, "num_labels": 11, "groups": 4},
@@ -53,7 +56,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"} | environment
+    env = ENVIRONMENT | environment
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=120)
 
 
@@ -383,6 +386,31 @@ def test_train_makes_a_model_that_sample_takes(capsys: pytest.CaptureFixture[str
     assert fastdiff.checkpoint.info("run/model")["sha256"] == facts["sha256"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
+def test_a_killed_training_command_leaves_a_whole_model_and_goes_on() -> None:
+    """The real command, killed at random moments; taken up again, it ends with the weights of one never killed."""
+    training = {"iterations": 15, "batch_size": 4, "seed": 5, "log_every": 1}
+    path, dice = recipe(training={**training, "save_every": 1}), random.Random(0)
+    command = [sys.executable, "-m", "fastdiff", "train", "--recipe", str(path), "--out", "run", "-q"]
+    log, steps = Path("run/log.jsonl"), []
+    for _ in range(2):
+        resume = ["--resume"] if Path("run/state.safetensors").exists() else []
+        with subprocess.Popen([*command, *resume], env=ENVIRONMENT) as run:
+            began = log.read_text() if log.exists() else ""
+            while run.poll() is None and not (Path("run/model/config.json").exists() and log.read_text() != began):
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, 0.3))
+            run.kill()
+        assert run.returncode == -signal.SIGKILL
+        steps.append(fastdiff.load("run/model").provenance["training"]["iterations"])
+    assert 0 < steps[0] <= steps[1] < 15
+    subprocess.run([*command, "--resume"], env=ENVIRONMENT, check=True, timeout=100)
+    whole = recipe(training={**training, "save_every": 0})
+    subprocess.run([*command[:5], str(whole), "--out", "whole", "-q"], env=ENVIRONMENT, check=True, timeout=100)
+    assert fastdiff.checkpoint.info("run/model")["sha256"] == fastdiff.checkpoint.info("whole/model")["sha256"]
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -444,7 +472,6 @@ def test_evaluate_prints_its_table_and_draws_it(tiny: str, capsys: pytest.Captur
     assert "at least two" in capsys.readouterr().err.splitlines()[-1]
 
 
-@needs_bundled
 def test_without_arguments_sample_draws_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sample", "--steps", "2"]) == 0
     facts = images.read_metadata("samples.png")
@@ -454,7 +481,6 @@ def test_without_arguments_sample_draws_digits(capsys: pytest.CaptureFixture[str
     assert facts["model_sha256"] in capsys.readouterr().out
 
 
-@needs_bundled
 def test_doctor_finds_the_bundled_model_sound(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     assert "ok   model" in capsys.readouterr().out
