@@ -26,24 +26,28 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 
-# the bundled model: train it, then measure it; the results go to runs/digits and benchmarks/results
+# the bundled model again: trains it, or goes on where a run stopped, then measures the figures of its card
 digits: setup
-	$(BIN)/fastdiff train --recipe fastdiff/assets/digits/recipe.json --out runs/digits
-	$(MAKE) evaluate MODEL=runs/digits/model
+	$(BIN)/fastdiff train --recipe fastdiff/assets/digits/recipe.json --out runs/digits \
+		$(if $(wildcard runs/digits/state.safetensors),--resume)
+	$(MAKE) evaluate MODEL=runs/digits/model WEIGHTS='0 1.5 4'
 
 MODEL ?= digits
+WEIGHTS ?= 0 0.1 0.3 0.5 1 1.5 2 4
+RESULTS ?= runs/results
 evaluate: setup
-	$(BIN)/fastdiff evaluate $(MODEL)
+	$(BIN)/fastdiff evaluate $(MODEL) --weights $(WEIGHTS) --out $(RESULTS) --plot runs/tradeoff.png --force
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-disable-gc -q
+	$(BIN)/python -m pytest benchmarks -q
 
-# needs no install: torch, numpy, pytest and an NVIDIA GPU; COMMIT and DIRTY say what is measured where there is no git
+# needs no install: torch, numpy, safetensors, pillow, tqdm, pytest and pytest-benchmark, and a GPU; COMMIT and DIRTY say
+# what is measured where there is no git
 COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 DIRTY ?= $(shell test -z "$$(git status --porcelain 2>/dev/null)" && echo clean || echo dirty)
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest benchmarks --device cuda --commit $(COMMIT) --state $(DIRTY)
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/test_gpu.py tests/kernels
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest benchmarks -q --device cuda --commit $(COMMIT) --state $(DIRTY)
 
 wheel: setup
 	$(BIN)/python .ci/wheel.py

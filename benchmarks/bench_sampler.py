@@ -43,6 +43,21 @@ def test_forty_digits_in_fifty_steps(
     )
 
 
+@pytest.mark.parametrize("check_finite", [False, True])
+def test_looking_for_nan(record: Callable[..., None], device: torch.device, check_finite: bool) -> None:
+    sampler = fastdiff.Sampler("digits", steps=10, device=device, check_finite=check_finite)
+    assert torch.isfinite(sampler(LABELS, 0.0, seed=0)).all()
+    record(
+        lambda: sampler(LABELS, 0.0, seed=0),
+        case="check-finite",
+        rounds=10,
+        images=len(LABELS),
+        steps=10,
+        w=0.0,
+        check_finite=check_finite,
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_doubled_evaluation(record: Callable[..., None], device: torch.device, dtype: torch.dtype) -> None:
     network = fastdiff.load("digits", device=device, dtype=dtype).network

@@ -31,10 +31,10 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 @pytest.fixture
 def record(pytestconfig: pytest.Config, device: torch.device, benchmark: Any) -> Iterator[Callable[..., None]]:
     """record(function, case=..., **facts): times function and appends a row with p20, p50 and p80 in milliseconds."""
-    commit, dirty = pytestconfig.getoption("--commit"), pytestconfig.getoption("--state") == "dirty"
+    commit, state = pytestconfig.getoption("--commit"), pytestconfig.getoption("--state")
+    dirty = None if state is None else state == "dirty"
     if commit is None:
-        commit, found = git_state()
-        dirty = bool(found)
+        commit, dirty = git_state()
 
     def run(function: Callable[[], object], *, case: str, rounds: int = 10, **facts: object) -> None:
         def timed() -> None:

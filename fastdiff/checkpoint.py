@@ -129,7 +129,7 @@ def fresh(sections: Mapping[str, Any], *, seed: int = 0, device: torch.device | 
     """
     target = torch.device("cpu") if device is None else resolve_device(device)
     kind, network, options = _parse_model(sections)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return DiffusionModel(_networks()[kind][1](network).to(target), **options)
 

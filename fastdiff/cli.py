@@ -48,7 +48,7 @@ class Sample:
 
     model: ModelName = "digits"
     """A bundled model's name, or a checkpoint's folder."""
-    labels: Annotated[str, _option("LABELS", "the model's first ten classes")] = ""
+    labels: Annotated[str | None, _option("LABELS", "the model's first ten classes")] = None
     """Classes: 0-9, 3,1,4 or 0-3,7; or none, for images without a class."""
     images_per_label: Annotated[int, _option("N", None, "-n")] = 4
     """Images of each label; with --labels none, images in all."""
@@ -87,10 +87,10 @@ class Sample:
         kind = images.check_out(out, self.force)
         if self.images_per_label < 1:
             raise ValueError(f"--images-per-label must be at least 1, got {self.images_per_label}")
-        rows = parse_labels(self.labels) if self.labels else None
+        rows = None if self.labels is None else parse_labels(self.labels)
         facts = checkpoint.info(self.model)
         diffusion = facts["config"]["diffusion"]
-        if not self.labels:
+        if self.labels is None:
             rows = _first_labels(diffusion["num_classes"])
         columns, texts = self.images_per_label, ["none"] if rows is None else rows
         channels, height, width = diffusion["image_shape"]
@@ -243,8 +243,12 @@ class Evaluate:
         """Measures, and prints the table."""
         from fastdiff import checkpoint, evaluation, images, training
 
-        if self.plot is not None and images.check_out(self.plot, self.force) != "png":
-            raise ValueError(f"--plot must end in .png, got {self.plot}")
+        if self.plot is not None:
+            from fastdiff.evaluation import plot
+
+            plot.require_matplotlib()
+            if images.check_out(self.plot, self.force) != "png":
+                raise ValueError(f"--plot must end in .png, got {self.plot}")
         real = [training.load_data(name) for name in (self.data, self.heldout)]
         report = evaluation.evaluate(
             self.model,
@@ -264,8 +268,6 @@ class Evaluate:
         )
         print(evaluation.table(report), end="")
         if self.plot is not None:
-            from fastdiff.evaluation import plot
-
             print(f"\nplot    {plot.tradeoff(report, self.plot)}")
         return 0
 

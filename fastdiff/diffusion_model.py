@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class DiffusionModel:
     variance: of DDPM's reverse step: "fixed_small" (beta tilde), "fixed_large" (beta) or "learned_range" (Improved DDPM
         equation 15; needs the 2C outputs).
     num_classes: labels are in [0, num_classes); None for an unconditional model.
-    null_label: the label that means none (usually num_classes); None where the network has none: no guidance then.
+    null_label: the label that means none; left out, it is num_classes, the row after the last class. None where the
+        network has none: no guidance then.
     image_shape: (C, H, W).
     clip_x0: whether the data lie in [-1, 1], so that predictions are clipped there (pixels yes, latents no).
     dtype: the recorded compute dtype, or None.
@@ -43,7 +45,7 @@ class DiffusionModel:
         prediction: str = "eps",
         variance: str = "fixed_small",
         num_classes: int | None = 10,
-        null_label: int | None = 10,
+        null_label: int | EllipsisType | None = ...,
         image_shape: tuple[int, int, int] = (1, 16, 16),
         *,
         clip_x0: bool = True,
@@ -60,11 +62,18 @@ class DiffusionModel:
         named_prediction(prediction)
         if variance not in VARIANCES:
             raise ValueError(f"variance must be one of {list(VARIANCES)}, got {variance!r}")
+        null_label = num_classes if isinstance(null_label, EllipsisType) else null_label
         if num_classes is None and null_label is not None:
             raise ValueError(f"null_label must be None for an unconditional model (num_classes=None), got {null_label}")
         for argument, value, least in (("num_classes", num_classes, 1), ("null_label", null_label, 0)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{argument} must be an integer of at least {least} or None, got {value!r}")
+        # a network may tell how many labels its embedding has; one too few would fail only while sampling
+        rows, needed = getattr(network, "num_labels", None), max(num_classes or 0, (null_label or 0) + 1)
+        if isinstance(rows, int) and num_classes is not None and needed > rows:
+            raise ValueError(
+                f"num_classes={num_classes} and null_label={null_label} need {needed} labels, the network has {rows}"
+            )
         shape = tuple(image_shape)
         if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
             raise ValueError(f"image_shape must be three positive integers (C, H, W), got {image_shape!r}")

@@ -112,10 +112,10 @@ def _model(model: str) -> str:
 def _dtype(model: str, device: str | None) -> str:
     import torch
 
-    from fastdiff.placement import default_dtype, resolve_device
+    from fastdiff.placement import dtype_of, preferred_dtype, resolve_device
 
     loaded, place = fastdiff.load(model), resolve_device(device)
-    dtype = default_dtype(loaded, place)
+    dtype = preferred_dtype(loaded, place) or dtype_of(loaded)
     if loaded.dtype is not None:
         why = "the model records it"
     elif dtype == torch.bfloat16:

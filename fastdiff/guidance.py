@@ -78,6 +78,8 @@ def _array(value: object, argument: str) -> npt.NDArray[Any]:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()
+    elif isinstance(value, Sequence) and any(isinstance(v, bool | np.bool_) for v in value):
+        value = np.array(value, dtype=bool)  # numpy would make numbers of [True, 2]
     try:
         return np.asarray(value)
     except (TypeError, ValueError):
@@ -134,7 +136,7 @@ def plan_guidance(
     weights[unconditional] = 0.0
     y = None
     if num_classes is not None:
-        null = torch.tensor(-1 if null_label is None else null_label)
+        null = torch.tensor(-1 if null_label is None else null_label, device="cpu")
         y = torch.where(unconditional, null, null if labels is None else labels).expand(n)
     order = torch.argsort((weights == 0).to(torch.int8), stable=True)
     return GuidancePlan(order, None if y is None else y[order], weights[order])
@@ -146,6 +148,8 @@ def guided_rows(sigma_edm: npt.NDArray[np.float64], interval: Interval) -> npt.N
         return np.ones(len(sigma_edm), dtype=bool)
     try:
         lo, hi = (float(bound) for bound in interval)
+        if isinstance(interval, str):
+            raise TypeError
     except (TypeError, ValueError):
         raise TypeError(f"guidance_interval must be a pair (lo, hi) of sigma_edm or None, got {interval!r}") from None
     if not 0 <= lo < hi or math.isinf(lo):

@@ -184,8 +184,8 @@ def save_folder(
 ) -> None:
     """Writes one PNG an image, 00000_label3.png and so on (00000.png without labels), each with its own metadata.
 
-    The folder is made if need be; force replaces the pictures of an earlier run. Where writing fails (OSError) the new
-    pictures are removed again. Raises ValueError like check_out.
+    The folder is made if need be; force replaces the pictures of an earlier run. Where writing fails (OSError) new
+    names are removed again. Raises ValueError like check_out.
     """
     folder = Path(path)
     _check_kind(f"{folder}/", "folder", force)
@@ -195,17 +195,18 @@ def save_folder(
     numbers = [""] * len(pixels) if labels is None else [f"_label{k}" for k in _labels(labels, len(pixels))]
     made, names = not folder.exists(), [f"{i:05}{number}.png" for i, number in enumerate(numbers)]
     folder.mkdir(exist_ok=True)
-    written = []
+    before, written = set(os.listdir(folder)), []
     try:
         for name, array, facts in zip(names, pixels, metadata, strict=True):
             replace(folder / name, _png(_image(array), facts), durable=False)
             written.append(folder / name)
-        for old in set(os.listdir(folder)) - set(names):
-            (folder / old).unlink()
+        for old in before - set(names):
+            (folder / old).unlink(missing_ok=True)
     except BaseException:
         with contextlib.suppress(OSError):
             for file in written:
-                file.unlink()
+                if file.name not in before:
+                    file.unlink()
             if made:
                 folder.rmdir()
         raise

@@ -61,13 +61,15 @@ def resolve_seeds(seed: Seed, n: int) -> torch.Tensor:
     Raises TypeError for anything but integers, ValueError for a wrong length or range.
     """
     if seed is None:
-        seed = int(torch.randint(0, SEED_LIMIT - 1, ()))
+        seed = int(torch.randint(0, SEED_LIMIT - 1, (), device="cpu"))
     if isinstance(seed, int | np.integer):
         return torch.from_numpy(seed_array(int(_check(seed)), n))
     values = _integers(seed)
     if len(values) != n:
         raise ValueError(f"seed must be one integer or one an image: expected {n}, got {len(values)}")
-    return torch.tensor([_check(value, f"seed[{i}]") for i, value in enumerate(values)], dtype=torch.int64)
+    return torch.tensor(
+        [_check(value, f"seed[{i}]") for i, value in enumerate(values)], dtype=torch.int64, device="cpu"
+    )
 
 
 def _integers(seed: object) -> list[object]:

@@ -10,14 +10,23 @@ import torch
 
 from fastdiff.diffusion_model import DiffusionModel, Network
 
-__all__ = ["DTYPES", "default_dtype", "device_of", "eval_mode", "placed", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "DTYPES",
+    "device_of",
+    "dtype_of",
+    "eval_mode",
+    "placed",
+    "preferred_dtype",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The torch device meant; None is a GPU if there is one. ValueError for one that is unknown or absent."""
-    if str(device) == "cpu":
+    if str(device) in ("cpu", "cpu:0"):
         return torch.device("cpu")  # without waking a driver
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None and not gpus:
@@ -44,32 +53,40 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def default_dtype(model: DiffusionModel, device: torch.device) -> torch.dtype:
-    """The recorded dtype; bfloat16 for our networks on hardware made for it; a foreign network's own."""
+def preferred_dtype(model: DiffusionModel, device: torch.device) -> torch.dtype | None:
+    """The recorded dtype; for a network of ours what suits the hardware; None for others, which stay as they are.
+
+    Ours are those that compute their conditioning apart (`conditioning`) from their image path (`body`).
+    """
     if model.dtype is not None:
         return model.dtype
-    if hasattr(model.network, "conditioning"):
+    if all(callable(getattr(model.network, part, None)) for part in ("conditioning", "body")):
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
+    return None
+
+
+def dtype_of(model: DiffusionModel) -> torch.dtype:
+    """Of the network's first floating-point parameter or buffer; float32 for functions."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def placed(network: Network, device: torch.device, dtype: torch.dtype, reuse: torch.nn.Module | None = None) -> Network:
+def placed(network: Network, device: torch.device, dtype: torch.dtype | None, reuse: Network | None = None) -> Network:
     """The network itself where it fits device and dtype already, else a converted copy; functions are left alone.
 
-    reuse: an earlier copy of the same network, into whose memory the weights of today go.
+    dtype: None leaves every parameter's own. reuse: an earlier copy, into whose memory the weights of today go.
     """
     if not isinstance(network, torch.nn.Module):
         return network
     tensors = [*network.parameters(), *network.buffers()]
-    if all(p.device == device and (p.dtype == dtype or not p.is_floating_point()) for p in tensors):
+    if all(p.device == device and (dtype in (None, p.dtype) or not p.is_floating_point()) for p in tensors):
         return network
-    if reuse is None:
+    old = [*reuse.parameters(), *reuse.buffers()] if isinstance(reuse, torch.nn.Module) else []
+    if [p.shape for p in old] != [p.shape for p in tensors]:
         return copy.deepcopy(network).to(device, dtype)
-    with torch.no_grad():
-        for old, new in zip([*reuse.parameters(), *reuse.buffers()], tensors, strict=True):
-            old.copy_(new)
-    return reuse
+    for mine, now in zip(old, tensors, strict=True):
+        mine.copy_(now)
+    return reuse if reuse is not None else network
 
 
 @contextlib.contextmanager

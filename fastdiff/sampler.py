@@ -27,7 +27,7 @@ from fastdiff.guidance import (
     resolve_w,
 )
 from fastdiff.noise import Seed, resolve_seeds
-from fastdiff.placement import default_dtype, device_of, eval_mode, placed, resolve_device, resolve_dtype
+from fastdiff.placement import device_of, dtype_of, eval_mode, placed, preferred_dtype, resolve_device, resolve_dtype
 from fastdiff.schedule import Steps
 from fastdiff.solvers import SOLVERS, Solver, StepTable
 from fastdiff_kernels import COEFS, STREAM_X_T, guided_step, load_row, philox_normal
@@ -83,16 +83,17 @@ class Sampler:
     guidance_interval: (lo, hi) of sigma_edm = sigma / alpha: guided where lo < sigma_edm <= hi; None: everywhere.
     clip_x0: clip predictions to [-1, 1]; None asks the model.
     device: None is where the network lies, and a GPU if there is one for a model given by name or folder.
-    dtype: compute dtype, or its name. None is the model's recorded one; else bfloat16 for fastdiff's own networks on
-        CUDA and on CPUs with AMX, and a network's own parameters' otherwise. torch.float64 (CPU only) keeps table,
-        state, noise and result in float64.
+    dtype: compute dtype, or its name. None is the model's recorded one; else for fastdiff's own networks bfloat16 on
+        CUDA and on CPUs with AMX, float32 elsewhere; other networks stay as they are. torch.float64 (CPU only) keeps
+        table, state, noise and result in float64.
     batch_size: images at a time; None is all of them.
     graph: "auto" and False run eagerly; True is a ValueError as long as there is no graph capture.
     check_finite: look for NaN and infinity after every row (one host read a row) and raise FloatingPointError that
         names row and image.
 
     The network is used in place where device and dtype fit, and otherwise through a converted copy, which takes over
-    the network's weights at every call. Calls from several threads are served in turn.
+    the network's weights and buffers at every call; `fastdiff.load(..., device=)` saves that. Calls from several
+    threads are served in turn; on a GPU they must share a stream.
 
     Raises ValueError, TypeError or CheckpointError naming the argument.
     """
@@ -113,31 +114,35 @@ class Sampler:
         check_finite: bool = False,
     ) -> None:
         dtype = resolve_dtype(dtype)
-        if graph not in ("auto", True, False):
+        if not isinstance(graph, bool) and graph != "auto":
             raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
         if graph is True:
             raise ValueError("graph=True: this version runs eagerly and captures no graphs; use graph='auto'")
-        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer)):
             raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if clip_x0 is not None and not isinstance(clip_x0, bool):
             raise TypeError(f"clip_x0 must be True, False or None, got {clip_x0!r}")
+        if not isinstance(check_finite, bool):
+            raise TypeError(f"check_finite must be True or False, got {check_finite!r}")
         if not isinstance(model, DiffusionModel | str | PathLike):
             raise TypeError(f"model must be a DiffusionModel, a name or a folder, got {type(model).__name__}")
+        self._loaded = False  # by this sampler, which may then move it
         if isinstance(model, DiffusionModel):
             self.device = resolve_device(device) if device is not None else device_of(model)
         else:
             self.device = resolve_device(device)
-            model = load(model, device=self.device, dtype=dtype)
+            model = load(model, dtype=dtype)
+            self._loaded = True
         self.model = model
-        self.dtype = dtype or default_dtype(model, self.device)
+        self._convert_to = dtype or preferred_dtype(model, self.device)
+        self.dtype = self._convert_to or dtype_of(model)
         if self.dtype == torch.float64 and self.device.type != "cpu":
             raise ValueError(f"dtype=torch.float64 runs on the CPU only, got device {self.device}")
         self.table = _build_table(model, solver, steps, eta, clip_x0)
         self._guided = guided_rows(self.table.sigma_edm, guidance_interval)
-        self._source = model.network
-        self._network = placed(model.network, self.device, self.dtype)
+        self._network = self._source = model.network
         self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.batch_size = batch_size
         self.check_finite = check_finite
@@ -193,9 +198,9 @@ class Sampler:
                 noise=None if noise is None else functools.partial(_noise_row, noise, shape, part),
             )
             batches.append((part, plan, replay))
-        images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
         total = len(batches) * len(self.table)
-        with self._turn(), torch.no_grad(), self._current_network(), _progress_bar(progress, total) as bar:
+        with self._turn(), self._current_network(), _progress_bar(progress, total) as bar:
+            images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
             for part, plan, replay in batches:
                 images[part] = self._run(plan, replay, part.start, bar, callback)
         return images
@@ -205,7 +210,8 @@ class Sampler:
         """One call at a time: they share the buffers. A call from inside a call would wait for itself."""
         if self._sampling == threading.get_ident():
             raise RuntimeError("this sampler is sampling already; a callback or network needs a Sampler of its own")
-        with self._lock:
+        # buffers outlive the call, and an inference tensor could not be written to outside inference mode
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             self._sampling = threading.get_ident()
             try:
                 yield
@@ -214,11 +220,12 @@ class Sampler:
 
     @contextlib.contextmanager
     def _current_network(self) -> Iterator[None]:
-        """The model's network with the weights it has now, in eval mode; a copy of it is brought up to date."""
+        """The network on the device with the weights that it has now, in eval mode; a copy is brought up to date."""
+        if self._loaded and isinstance(self.model.network, torch.nn.Module):
+            self.model.network.to(self.device)
         copied = self._network if self._network is not self._source and self._source is self.model.network else None
         self._source = self.model.network
-        reuse = copied if isinstance(copied, torch.nn.Module) else None
-        self._network = placed(self._source, self.device, self.dtype, reuse)
+        self._network = placed(self._source, self.device, self._convert_to, copied)
         with eval_mode(self._network):
             yield
 

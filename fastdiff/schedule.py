@@ -112,6 +112,8 @@ def _fractional(count: int, start: int, size: int) -> list[float]:
 
 def _sections(counts: Sequence[int], T: int) -> list[float]:
     """Improved DDPM's sections: T split evenly, each part visited counts[i] times at a fractional stride."""
+    if len(counts) > T:
+        raise ValueError(f"steps: {len(counts)} sections do not fit into {T} timesteps; the most is {T}")
     size, extra = divmod(T, len(counts))
     start, chosen = 0, []
     for i, count in enumerate(counts):
@@ -192,13 +194,13 @@ def timesteps(steps: Steps, num_train_timesteps: int) -> Array:
         if isinstance(steps, float):
             raise ValueError(f"steps must be a whole number, got {steps}; the nearest is {_nearest_count(steps, T)}")
         return np.array(_explicit(steps, T))
-    if re.fullmatch(r"-?\d+", steps):
+    if re.fullmatch(r"-?\d{1,9}", steps):
         return timesteps(int(steps), T)
-    if match := re.fullmatch(r"ddim(-?\d+)", steps):
+    if match := re.fullmatch(r"ddim(-?\d{1,9})", steps):
         return np.array(_ddim(_count(int(match[1]), T, steps), T))
-    if match := re.fullmatch(r"(leading|linspace|trailing):(-?\d+)", steps):
+    if match := re.fullmatch(r"(leading|linspace|trailing):(-?\d{1,9})", steps):
         return np.array(_NAMED_SPACINGS[match[1]](_count(int(match[2]), T, steps), T))
-    if re.fullmatch(r"-?\d+(,-?\d+)+", steps):
+    if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})+", steps):
         return np.array(_sections([int(part) for part in steps.split(",")], T))
     raise ValueError(f"steps must be {_FORMS}, got {steps!r}")
 

@@ -73,6 +73,12 @@ class StepTable:
 
     def _check_laws(self) -> None:
         rows = len(self.t)
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray) and name != "x0_max" and not np.isfinite(value).all():
+                raise ValueError(
+                    f"row {np.flatnonzero(~np.isfinite(value))[0]} breaks a law of the table: {name} is finite"
+                )
+        self._law("x0_max > 0", (self.x0_max > 0).astype(np.float64), 1)
         if self.variance not in ("exact", "learned", "fixed_large"):
             raise ValueError(f"variance must be 'exact', 'learned' or 'fixed_large', got {self.variance!r}")
         g_x0, g_eps = named_prediction(self.prediction).target(self.alpha, self.sigma)
@@ -95,6 +101,7 @@ class StepTable:
         self._law("the variance of x'", variance, expected, self.c_x0)
         self._law("alpha^2 + sigma^2 = 1", self.alpha**2 + self.sigma**2, 1)
         self._law("alpha_next^2 + sigma_next^2 = 1", self.alpha_next**2 + self.sigma_next**2, 1)
+        self._law("the next row starts where this one ends", self.alpha_next[:-1], self.alpha[1:])
         self._law("the last row's alpha_next = 1", self.alpha_next[-1:], 1)
         self._law("the last row adds no noise", self.c_noise[-1:], 0)
         if self.c_hist[0] != 0 or self.c_hist[-1] != 0:

@@ -350,8 +350,6 @@ def test_only_known_networks_are_saved(network: Any, tmp_path: Path) -> None:
         (lambda: digits(provenance={"log": "x" * 2**20}), "provenance"),
         (lambda: digits(name=b"bytes"), "name"),
         (lambda: digits(dtype=torch.float8_e4m3fn), "float8"),
-        (lambda: digits(num_classes=12), "num_labels"),
-        (lambda: digits(null_label=11), "num_labels"),
         (lambda: digits(num_classes=None, null_label=None), "num_labels"),
         (lambda: digits(image_shape=(3, 8, 8)), "in_channels"),
         (lambda: digits(variance="learned_range"), "out_channels"),
@@ -363,8 +361,6 @@ def test_only_known_networks_are_saved(network: Any, tmp_path: Path) -> None:
         "too long",
         "name",
         "dtype",
-        "classes",
-        "null",
         "no classes",
         "channels",
         "2C",
@@ -375,6 +371,12 @@ def test_what_load_would_refuse_is_not_saved(model: Callable[[], DiffusionModel]
         save(model(), tmp_path / "m")
     assert str(tmp_path / "m") in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("labels", [{"num_classes": 12}, {"null_label": 11}, {"num_classes": 11}], ids=str)
+def test_a_model_needs_a_row_of_the_embedding_for_every_label(labels: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"num_classes=.* need 1\d labels, the network has 11"):
+        digits(**{"num_classes": 10, "null_label": ...} | labels)
 
 
 def test_save_checks_its_arguments(tmp_path: Path) -> None:

@@ -473,15 +473,6 @@ def test_tradeoff_picture(exact_report, tmp_path, suffix):
         assert "guidance weight" in path.read_text() or "<svg" in path.read_text()
 
 
-def test_loss_picture(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"event": "saved"}\n{"step": 3, "lo')
-    assert plot.loss(log, tmp_path / "loss.png").stat().st_size > 1000
-    log.write_text("nothing\n")
-    with pytest.raises(ValueError, match="no line with 'step' and 'loss'"):
-        plot.loss(log, tmp_path / "loss.png")
-
-
 def test_importing_the_evaluation_loads_neither_sklearn_nor_matplotlib():
     code = "import sys, fastdiff.evaluation.plot; print({'sklearn', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run(

@@ -218,7 +218,15 @@ def test_history_does_not_outlive_its_call():
     sampler = fastdiff.Sampler(a_model(), steps=uniform_log_snr(12), solver=dpm_solver_pp_2m, dtype=torch.float64)
     assert sampler.table.has_history
     first = sampler(num_images=3, seed=1)
+    exact, largest = sampler.model.network, []
+
+    def watched(x, t, y):
+        largest.append(float(sampler._buffers[1].hist.abs().max()))
+        return exact(x, t, y)
+
+    sampler.model.network = watched
     assert torch.equal(sampler(num_images=3, seed=1), first)
+    assert largest[0] == 0 and min(largest[1:]) > 0
     torch.testing.assert_close(sampler(num_images=5, seed=1)[:3], first, rtol=0, atol=1e-12)
 
 

@@ -39,18 +39,19 @@ def room_of(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Every module a file imports, at any depth of its code; relative imports count as the file's own package."""
+    """Every module a file imports, at any depth of its code."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.update({f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""})
+        elif isinstance(node, ast.ImportFrom):
+            names.update(f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
     return names
 
 
 def rooms_of(names: set[str]) -> set[str]:
-    rooms = {name.split(".")[1] for name in names if name.startswith("fastdiff.") and len(name.split(".")) > 1}
+    """The rooms that names lie in; what the package re-exports at its top counts as a room of that name."""
+    rooms = {[*name.split("."), "the whole package"][1] for name in names if name.split(".")[0] == "fastdiff"}
     return rooms | ({KERNELS} if any(name.split(".")[0] == KERNELS for name in names) else set())
 
 
@@ -66,15 +67,37 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
     if room in FREE:
         return
     assert room in MAY_IMPORT, f"{room} is a new room: say here what it may import"
-    known = {name.split(".")[0] for name in MAY_IMPORT} | FREE | {KERNELS}
-    found = {r for r in rooms_of(names) if r in known} - {room}
+    assert not [name for name in names if name.startswith(".")], "say where a module lives: no relative imports"
+    found = rooms_of(names) - {room}
     assert found <= MAY_IMPORT[room], f"{room} must not import {sorted(found - MAY_IMPORT[room])}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from fastdiff import Sampler",
+        "import fastdiff",
+        "import fastdiff.sampler",
+        "from fastdiff.sampler import sample",
+        "from ..sampler import sample",
+        "from .. import sampler",
+        "def f():\n    from fastdiff import sampler",
+        "import tyro",
+        "from fastdiff.model import UNet",
+    ],
+)
+def test_a_forbidden_import_is_seen(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ROOT / "fastdiff" / "training" / "losses.py"
+    text = path.read_text() + "\n" + line + "\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, *args, **kwargs: text)
+    with pytest.raises(AssertionError):
+        test_a_room_imports_only_what_it_may(path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels" / KERNELS).glob("*.py")), ids=lambda path: path.name)
 def test_the_kernels_stand_alone(path: Path) -> None:
     outside = {name.split(".")[0] for name in imported_modules(path)} - set(sys.stdlib_module_names)
-    assert outside <= {"torch", ""}, outside
+    assert outside <= {"torch", ""}, outside  # "": its own modules, relative
 
 
 def test_kernels_is_a_folder_not_a_package() -> None:

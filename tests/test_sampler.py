@@ -375,3 +375,58 @@ def test_weights_that_change_after_construction_are_never_stale():
         assert torch.equal(replaced, Sampler(model, steps=STEPS, dtype=dtype)([1, 2], seed=0))
         model.network.to(torch.float64 if dtype == torch.float32 else torch.float32)
         assert sampler.dtype == dtype and (sampler([1, 2], seed=0) - replaced).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_no_image(dtype):
+    """Serving engines set it"""
+    expected = fastdiff.sample(a_model(), [1, 2], 1.5, steps=STEPS, solver="ddpm", seed=0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = fastdiff.sample(a_model(), [1, 2], 1.5, steps=STEPS, solver="ddpm", seed=0)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got, expected)
+
+
+def test_torchs_default_device_changes_no_image():
+    """meta stands for a GPU: whatever is made there by mistake cannot be read"""
+    expected = fastdiff.sample(a_model(), [1, 2], [1.5, -1.0], steps=STEPS, solver="ddpm", seed=[3, 4])
+    with torch.device("meta"):
+        got = fastdiff.sample(a_model(), [1, 2], [1.5, -1.0], steps=STEPS, solver="ddpm", seed=[3, 4])
+        drawn = fastdiff.sample(a_model(), [1, 2], steps=STEPS)
+    assert torch.equal(got, expected) and drawn.device.type == "cpu"
+
+
+def test_a_sampler_serves_calls_in_and_out_of_inference_mode():
+    sampler = Sampler(a_model(nn.Conv2d(2, 2, 1)), steps=STEPS, dtype="float64")
+    sampler.model.network.forward = functools.partial(
+        lambda net, x, t, y: torch.tanh(net._conv_forward(x, net.weight, net.bias)), sampler.model.network
+    )
+    with torch.inference_mode():
+        first = sampler([1, 2], seed=0)
+    assert torch.equal(sampler([1, 2], seed=0), first)
+    with torch.inference_mode():
+        assert torch.equal(sampler([1, 2], seed=0), first)
+
+
+class Mixed(nn.Module):
+    """bfloat16 but for one float32 table"""
+
+    conditioning = "a name that our protocol uses as well"
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(2, 2, 1, dtype=torch.bfloat16)
+        self.register_buffer("table", torch.linspace(0, 1, 1000))
+
+    def forward(self, x, t, y):
+        assert x.dtype == torch.bfloat16 and self.table.dtype == torch.float32
+        return self.mix(x)
+
+
+def test_a_foreign_network_keeps_every_parameters_dtype():
+    sampler = Sampler(a_model(Mixed()), steps=STEPS)
+    sampler([1], seed=0)
+    assert sampler.dtype == torch.bfloat16 and sampler._network is sampler.model.network

@@ -237,12 +237,36 @@ def test_the_first_and_the_last_row_have_no_history(row):
         dataclasses.replace(table, **perturbed(table, "c_hist", row))
 
 
+COEFFICIENTS = [
+    f.name for f in dataclasses.fields(StepTable) if f.name not in ("prediction", "variance", "x0_max", "t")
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
 @pytest.mark.parametrize("name", TABLES)
-def test_nan_is_no_coefficient(name):
+def test_what_is_not_finite_is_no_coefficient(name, coefficient, value):
+    with pytest.raises(ValueError, match=LAW):
+        dataclasses.replace(a_table(name), **perturbed(a_table(name), coefficient, 3, value))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_clamp_needs_room(value):
+    with pytest.raises(ValueError, match="x0_max > 0"):
+        dataclasses.replace(a_table("ddim"), x0_max=[value])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_follow_one_another(name):
     table = a_table(name)
-    for coefficient in ("k_x", "k_out", "c_x", "c_x0", "c_out", "c_noise"):
-        with pytest.raises(ValueError, match=LAW):
-            dataclasses.replace(table, **perturbed(table, coefficient, 3, float("nan")))
+    order = [0, 2, 1, *range(3, len(table))]
+    rows = {
+        f.name: getattr(table, f.name)[order]
+        for f in dataclasses.fields(table)
+        if f.name not in ("prediction", "variance")
+    }
+    with pytest.raises(ValueError, match="the next row starts where this one ends"):
+        dataclasses.replace(table, **rows)
 
 
 def test_a_table_that_does_not_end_clean():

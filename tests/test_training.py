@@ -519,11 +519,13 @@ def test_learning_rate_rises_then_falls_to_its_fraction() -> None:
         pytest.param({"data": 19}, "^data must be", id="data"),
         pytest.param({"prediction": "eps"}, "^prediction must be", id="prediction"),
         pytest.param({"schedule": "linear"}, "^schedule must be", id="schedule"),
-        pytest.param({"channels": 16}, "^model must be", id="network"),
+        pytest.param({"channels": 16}, "^network must be", id="network"),
+        pytest.param({"dropout": 0.5}, "^network must be", id="dropout"),
+        pytest.param({"num_heads": 2, "head_channels": None}, "^network must be", id="heads"),
     ],
 )
 def test_resume_refuses_another_run(state: Path, change: dict[str, Any], word: str) -> None:
-    fields = {**TINY.to_dict(), "channels": change.get("channels", 8)}
+    fields = {name: change.get(name, value) for name, value in TINY.to_dict().items()}
     model = DiffusionModel(
         UNet(UNetConfig.from_dict(fields)),
         change.get("schedule", "cosine"),

@@ -1,17 +1,24 @@
-"""Figures for a README: the trade-off over the guidance weight, and a training run's loss. Needs matplotlib."""
+"""The trade-off over the guidance weight as a picture. Needs matplotlib."""
 
 from __future__ import annotations
 
-import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["loss", "tradeoff"]
+__all__ = ["require_matplotlib", "tradeoff"]
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#777777"
+
+
+def require_matplotlib() -> None:
+    """ValueError that says how to install matplotlib, where it is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("plots need matplotlib; install it with: pip install 'fastdiff[train]'") from None
 
 
 def tradeoff(report: dict[str, Any], path: str | PathLike[str]) -> Path:
@@ -50,35 +57,12 @@ def tradeoff(report: dict[str, Any], path: str | PathLike[str]) -> Path:
     return _save(figure, path)
 
 
-def loss(log: str | PathLike[str], path: str | PathLike[str]) -> Path:
-    """Draw the loss of a training log, one JSON object a line with "step" and "loss", 450x300 pixels.
-
-    ValueError where the log holds no such line, and without matplotlib.
-    """
-    rows = []
-    for line in Path(log).read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            rows.append((row["step"], row["loss"]))
-        except (ValueError, TypeError, KeyError):
-            continue
-    if not rows:
-        raise ValueError(f"log={str(log)!r} holds no line with 'step' and 'loss'")
-    figure, axes = _figure(4.5, 3.0, 1)
-    axes.plot(*zip(*rows, strict=True), color=BLUE, linewidth=1)
-    axes.set_yscale("log")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("loss")
-    return _save(figure, path)
-
-
 def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
     """A figure of width x height hundreds of pixels that no display is needed for."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib; install it with: pip install 'fastdiff[train]'") from None
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns)

@@ -130,12 +130,12 @@ def evaluate(
         "real": real_figures,
         "points": summary,
         "criteria": criteria(real_figures, summary),
+        # of the rows, which may be of other days and machines than this call
         "environment": {
-            **environment,
+            **{key: sorted({str(row.get(key)) for row in rows.values()}) for key in environment},
             "seconds": sum(row["seconds"] for row in rows.values()),
             "points_sampled": len(rows) - reused,
             "points_reused": reused,
-            "images_per_second": float(np.median([row["images_per_second"] for row in rows.values()])),
             "results": None if file is None else file.name,
         },
     }
@@ -167,7 +167,8 @@ def table(report: Report) -> str:
         "",
         f"{settings['images']} images a point, {len(settings['seeds'])} seeds (mean ± standard deviation), "
         f"{settings['solver']} with steps={settings['steps']!r} ({settings['nfe']} evaluations), {settings['dtype']}, "
-        f"on {environment['device']} ({environment['images_per_second']:.1f} images/s).",
+        f"compared with {real['train_images']} training images; measured on {', '.join(environment['device'])} "
+        f"at commit {', '.join(environment['commit'])}{' (with changes)' if 'True' in environment['dirty'] else ''}.",
         "",
         "| criterion | measured | bound | |",
         "| --- | --- | --- | --- |",

@@ -148,6 +148,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.num_labels = config.num_labels
         emb_channels = 4 * config.channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)

@@ -57,8 +57,9 @@ def train(
 ) -> DiffusionModel:
     """Trains model.network in place, on the device of its parameters, and returns a model with the averaged weights.
 
-    out: folder for model/ (native checkpoint of the average), state.safetensors (what resume needs) and log.jsonl, each
-        replaced whole at every config.save_every steps and at the end; None writes nothing.
+    out: folder for model/ (native checkpoint of the average) and state.safetensors (what resume needs), each replaced
+        whole at every config.save_every steps and at the end, and for log.jsonl, a line every config.log_every steps;
+        None writes nothing.
     resume: go on from out's state, bit for bit on a CPU; every argument must be what it was.
     callback(step, averaged model): after each save, after `step` steps; the model is valid during the call.
 
@@ -152,7 +153,9 @@ class _Run:
         """One step; its loss, gradient norm before clipping, and learning rate."""
         config, model, step = self.config, self.model, self.step
         indices = self._indices(step * config.batch_size)
-        keys = sample_keys(config.seed, step * config.batch_size, config.batch_size).to(self.device)
+        keys = sample_keys(config.seed, step * config.batch_size, config.batch_size)
+        torch.manual_seed(int(keys[0]))  # dropout
+        keys = keys.to(self.device)
         t, dropped, eps = draw(keys, model.image_shape, model.schedule.num_train_timesteps, config.p_uncond)
         x0, y = self.images[indices], None
         if model.num_classes is not None:
@@ -161,7 +164,6 @@ class _Run:
                 y = torch.where(dropped, model.null_label, y)
         x = self.objective.noised(x0, eps, t)
 
-        torch.manual_seed(int(keys[0]))  # dropout
         self.network.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             output = self.network(x, t.float(), y)
@@ -212,7 +214,7 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """What must be equal for a run to go on; the names are those that errors show."""
-        model = self.model
+        model, config = self.model, getattr(self.network, "config", None)
         return {
             **{k: v for k, v in self.config.to_dict().items() if k not in FREE_FIELDS},
             "data": self._digest,
@@ -220,6 +222,9 @@ class _Run:
             "schedule": hashlib.sha256(model.schedule.betas.tobytes()).hexdigest(),
             "num_classes": model.num_classes,
             "null_label": model.null_label,
+            "image_shape": list(model.image_shape),
+            # shapes alone do not tell heads, groups or dropout apart
+            "network": None if config is None else config.to_dict(),
         }
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

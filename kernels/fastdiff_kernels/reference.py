@@ -180,14 +180,15 @@ def _radius(m: Tensor) -> Tensor:
     """sqrt(-2 ln u), u = (m + 0.5) * 2^-24"""
     # m + 0.5 is exact in float32 below 2^23 only; above, 1 - u is, and log1p keeps the digits where u nears 1
     upper = m >= 1 << 23
-    v = (torch.where(upper, (1 << 24) - 1 - m, m) + 0.5) * 2.0**-24  # min(u, 1 - u)
+    v = (torch.where(upper, (1 << 24) - 1 - m, m).to(torch.float32) + 0.5) * 2.0**-24  # min(u, 1 - u)
     return torch.sqrt(-2 * torch.where(upper, torch.log1p(-v), torch.log(v)))
 
 
 def _cos_sin(m: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of (m + 0.5) * 2^-24 turns: the nearest quarter turn and a polynomial, the same on every device"""
     q = (m + (1 << 21)) >> 22
-    a = ((m - (q << 22)) + 0.5) * 2.0**-22 * (math.pi / 2)  # exact before the last product, in [-pi/4, pi/4]
+    # exact before the last product; in [-pi/4, pi/4]
+    a = ((m - (q << 22)).to(torch.float32) + 0.5) * 2.0**-22 * (math.pi / 2)
     s = a * a
     # Taylor to a^9 and a^10: the remainders stay below 2e-9 on [-pi/4, pi/4]
     sin = a * (1 + s * (-1 / 6 + s * (1 / 120 + s * (-1 / 5040 + s * (1 / 362880)))))
