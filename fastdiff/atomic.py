@@ -31,9 +31,11 @@ def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # writing, unlike opening, names no file
         raise
     if durable:
         # the new name must be on the disk before anything that relies on it, or before what it replaces goes

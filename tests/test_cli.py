@@ -386,6 +386,23 @@ def test_train_makes_a_model_that_sample_takes(capsys: pytest.CaptureFixture[str
     assert fastdiff.checkpoint.info("run/model")["sha256"] == facts["sha256"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX")
+@pytest.mark.parametrize("command", ["sample", "train"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(command: str, tiny: str) -> None:
+    Path("old.png").write_bytes(b"old")
+    arguments = ["sample", tiny, *FAST, "--out", "old.png", "--force", "-q"]
+    if command == "train":
+        arguments = ["train", "--recipe", str(recipe()), "--out", "run", "-q"]
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)); import fastdiff.cli as c"
+    done = run("-c", f"{code}; sys.exit(c.main(sys.argv[1:]))", *arguments)
+    written = "old.png" if command == "sample" else "run/state.safetensors"
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "File too large" in done.stderr and written in done.stderr
+    assert Path("old.png").read_bytes() == b"old"
+    assert not [name for name in os.listdir() if name.startswith(".tmp")]
+    assert command == "sample" or os.listdir("run") == ["log.jsonl"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
 def test_a_killed_training_command_leaves_a_whole_model_and_goes_on() -> None:
