@@ -98,6 +98,8 @@ def save(
     Raises TypeError for a network of another kind, ValueError for a storage_dtype that cannot hold the weights, and
     CheckpointError naming the path for all else; then the checkpoint before is untouched and nothing else is left.
     """
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise TypeError(f"folder must be a path, got {folder!r}")
     folder = Path(folder)
     if not isinstance(model, DiffusionModel):
         raise TypeError(f"model must be a DiffusionModel, got {type(model).__name__}")
@@ -182,8 +184,8 @@ def _networks() -> dict[str, tuple[type[Any], type[torch.nn.Module]]]:
 
 
 def _folder(src: str | os.PathLike[str]) -> Path:
-    if not isinstance(src, str | os.PathLike):
-        raise TypeError(f"src must be a bundled name {sorted(BUNDLED)} or a folder, got {type(src).__name__}")
+    if not isinstance(src, str | os.PathLike) or not os.fspath(src):
+        raise TypeError(f"src must be a bundled name {sorted(BUNDLED)} or a folder, got {src!r}")
     folder = BUNDLED[src] if isinstance(src, str) and src in BUNDLED else Path(src)
     with _blaming(folder):
         if folder.is_dir():

@@ -26,7 +26,7 @@ __all__ = ["Doctor", "Evaluate", "Info", "Sample", "Train", "main", "parse_label
 
 DEFAULT_OUT = "samples.png"
 DEFAULT_W = 1.5
-MAX_LABELS = 10**6
+MAX_LABELS = MAX_IMAGES = 10**6
 RECIPE = Path(__file__).parent / "assets" / "digits" / "recipe.json"
 RECIPE_KEYS = ("name", "data", "network", "diffusion", "dtype", "storage_dtype", "training")
 
@@ -98,6 +98,9 @@ class Sample:
             raise ValueError(f"model {self.model}: pictures have 1 or 3 channels, got {channels}; use fastdiff.sample")
         if kind == "png":
             images.grid_size(height, width, len(texts), columns)
+        n = columns * len(rows or "1")
+        if n > MAX_IMAGES:
+            raise ValueError(f"--labels and --images-per-label ask for {n} images; at most {MAX_IMAGES} at a time")
         labels = None if rows is None else [label for label in rows for _ in range(columns)]
         w = self.w
         if w is None:
@@ -169,7 +172,8 @@ class Train:
         from fastdiff.placement import resolve_device, resolve_dtype
 
         folder = Path(self.out)
-        if not self.resume and folder.exists() and any(folder.iterdir()):
+        # a run that failed before its first save leaves nothing but a log
+        if not self.resume and folder.exists() and {file.name for file in folder.iterdir()} - {"log.jsonl"}:
             raise ValueError(f"--out {folder} is not empty; --resume goes on with a run, or give a new folder")
         recipe, device = _read_recipe(Path(self.recipe)), resolve_device(self.device)
         storage_dtype = resolve_dtype(recipe["storage_dtype"])
@@ -343,9 +347,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastdiff: interrupted", file=sys.stderr)
         return 130
-    # CheckpointError is a ValueError
-    except (ValueError, TypeError, FloatingPointError, OSError) as error:
-        print(f"fastdiff: {' '.join(str(error).split())}", file=sys.stderr)
+    # CheckpointError is a ValueError; OverflowError and MemoryError come of absurd sizes
+    except (ValueError, TypeError, ArithmeticError, OSError, MemoryError, RuntimeError) as error:
+        # torch has no class of its own for memory that a CPU does not have
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
+            raise
+        print(f"fastdiff: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -22,7 +22,8 @@ class DiffusionModel:
     """A network with its schedule, prediction, variance, classes and image shape.
 
     network: any callable network(x, t, y) -> (B, C, H, W), or (B, 2C, H, W) with a variance in the second half. x is
-        (B, C, H, W) in the compute dtype, t float (B,) in [0, T), y int64 (B,), or None where num_classes is None.
+        (B, C, H, W) in the compute dtype, t float (B,) in [0, T), y int64 (B,), or None where num_classes is None; it
+        must not write to them.
     schedule: a Schedule, or its name for T = 1000: "linear", "cosine".
     prediction: "eps", "v" or "x0".
     variance: of DDPM's reverse step: "fixed_small" (beta tilde), "fixed_large" (beta) or "learned_range" (Improved DDPM
@@ -74,11 +75,13 @@ class DiffusionModel:
             raise ValueError(
                 f"num_classes={num_classes} and null_label={null_label} need {needed} labels, the network has {rows}"
             )
-        shape = tuple(image_shape)
+        shape = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
         if len(shape) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
             raise ValueError(f"image_shape must be three positive integers (C, H, W), got {image_shape!r}")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"dtype must be a floating torch.dtype of 16 to 64 bits or None, got {dtype!r}")
+        if not isinstance(clip_x0, bool):
+            raise TypeError(f"clip_x0 must be True or False, got {clip_x0!r}")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
@@ -86,7 +89,7 @@ class DiffusionModel:
         self.num_classes = num_classes
         self.null_label = null_label
         self.image_shape: tuple[int, int, int] = shape
-        self.clip_x0 = bool(clip_x0)
+        self.clip_x0 = clip_x0
         self.dtype = dtype
         self.name = name
         self.provenance = dict(provenance or {})

@@ -41,6 +41,7 @@ _FONT_SIZE = 18
 _BACKGROUND, _INK = (244, 244, 242), (40, 40, 40)
 _MAX_PIXELS = 2**26  # Pillow warns of larger pictures when it opens them
 _MAX_METADATA = 2**24
+_MAX_NAME = 200  # of the 255 that file systems take, as temporary names are longer
 # a killed run leaves the temporary ones
 _OURS = re.compile(r"(\.tmp-\d+-[0-9a-f]{8}-)?\d{5,}(_label\d+)?\.png")
 
@@ -117,6 +118,10 @@ def check_out(path: str | os.PathLike[str], force: bool = False) -> str:
     """
     text = os.fspath(path)
     target, suffix = Path(text), Path(text).suffix.lower()
+    if not target.name.strip() or target.name.lower() in (".png", ".npz"):
+        raise ValueError(f"{text!r} names no file; give one such as {text.strip()}samples.png")
+    if len(os.fsencode(target.name)) > _MAX_NAME:
+        raise ValueError(f"{text} cannot be written: its name is too long, at most {_MAX_NAME} bytes are allowed")
     try:
         status: os.stat_result | None = os.stat(target)
     except (FileNotFoundError, NotADirectoryError):

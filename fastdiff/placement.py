@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -89,14 +91,30 @@ def placed(network: Network, device: torch.device, dtype: torch.dtype | None, re
     return reuse if reuse is not None else network
 
 
+# how many are sampling a network right now, and which of its modules go back to training after the last of them
+_sampled: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = weakref.WeakKeyDictionary()
+_sampled_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def eval_mode(network: object) -> Iterator[None]:
-    """Dropout off while sampling; every submodule gets its own mode back."""
-    training = [m for m in network.modules() if m.training] if isinstance(network, torch.nn.Module) else []
-    for module in training:
-        module.training = False
+    """Dropout off while anybody samples the network; every submodule gets its own mode back after the last of them."""
+    if not isinstance(network, torch.nn.Module):
+        yield
+        return
+    with _sampled_lock:
+        users, training = _sampled.get(network, (0, []))
+        training = training or [m for m in network.modules() if m.training]
+        _sampled[network] = users + 1, training
+        for module in training:
+            module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _sampled_lock:
+            users, training = _sampled.pop(network)
+            if users > 1:
+                _sampled[network] = users - 1, training
+            else:
+                for module in training:
+                    module.training = True

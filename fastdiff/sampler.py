@@ -319,6 +319,8 @@ class Sampler:
     def _check_output(self, out: object, live: int) -> None:
         C, H, W = self.model.image_shape
         shapes = [(live, 2 * C, H, W)] if self.table.learned else [(live, C, H, W), (live, 2 * C, H, W)]
+        if isinstance(out, torch.Tensor) and torch.promote_types(out.dtype, self._state_dtype) != self._state_dtype:
+            raise TypeError(f"network(x, t, y) must return {self._state_dtype} or a narrower float, got {out.dtype}")
         if not isinstance(out, torch.Tensor) or tuple(out.shape) not in shapes:
             got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise ValueError(
@@ -418,6 +420,11 @@ def _build_table(
     table = build(model.schedule, steps, **{k: v for k, v in options.items() if k in takes and k not in fixed})
     if not isinstance(table, StepTable):
         raise TypeError(f"solver must return a StepTable, got {type(table).__name__}")
+    if table.prediction != model.prediction:
+        raise ValueError(
+            f"solver must build its table for prediction={model.prediction!r}, got {table.prediction!r}; "
+            "a function must take prediction as an argument and pass it on"
+        )
     return table
 
 

@@ -162,7 +162,7 @@ def test_an_unwritable_folder_is_refused_beforehand(name: str) -> None:
 
 
 def test_an_empty_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="must end in"):
+    with pytest.raises(ValueError, match="names no file"):
         check_out("")
 
 

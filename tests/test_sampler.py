@@ -400,10 +400,7 @@ def test_torchs_default_device_changes_no_image():
 
 
 def test_a_sampler_serves_calls_in_and_out_of_inference_mode():
-    sampler = Sampler(a_model(nn.Conv2d(2, 2, 1)), steps=STEPS, dtype="float64")
-    sampler.model.network.forward = functools.partial(
-        lambda net, x, t, y: torch.tanh(net._conv_forward(x, net.weight, net.bias)), sampler.model.network
-    )
+    sampler = Sampler(a_model(WithoutTimes(nn.Conv2d(2, 2, 1))), steps=STEPS, dtype="float64")
     with torch.inference_mode():
         first = sampler([1, 2], seed=0)
     assert torch.equal(sampler([1, 2], seed=0), first)
@@ -430,3 +427,31 @@ def test_a_foreign_network_keeps_every_parameters_dtype():
     sampler = Sampler(a_model(Mixed()), steps=STEPS)
     sampler([1], seed=0)
     assert sampler.dtype == torch.bfloat16 and sampler._network is sampler.model.network
+
+
+def test_dropout_stays_off_while_anybody_samples_the_network():
+    """Each call of sample() has a Sampler of its own; the first to end must not switch dropout on under the others"""
+    network = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Dropout(0.5))
+    model = a_model(WithoutTimes(network))
+    expected, wrong = fastdiff.sample(model, 1, steps=STEPS, seed=0), []
+
+    def work() -> None:
+        for _ in range(5):
+            if not torch.equal(fastdiff.sample(model, 1, steps=STEPS, seed=0), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and all(module.training for module in network.modules())
+
+
+class WithoutTimes(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, t, y):
+        return self.network(x)

@@ -81,6 +81,11 @@ BAD_OPTIONS = {
     "eta fixed twice": ({"solver": functools.partial(ddim, eta=0.5), "eta": 0.3}, ValueError, "eta"),
     "solver unknown": ({"solver": "dpm"}, ValueError, r"solver must be one of \['ddim', 'ddpm'\].* got 'dpm'"),
     "solver number": ({"solver": 3}, TypeError, "solver must be a name or a function"),
+    "solver's prediction": (
+        {"solver": functools.partial(ddim, prediction="v")},
+        ValueError,
+        "solver must build its table for prediction='eps', got 'v'",
+    ),
     "solver's result": ({"solver": lambda schedule, steps: None}, TypeError, "solver must return a StepTable"),
     "dtype unknown": ({"dtype": "fp8"}, ValueError, r"dtype must be one of \['bfloat16', .*'float64'\], got 'fp8'"),
     "dtype int32": ({"dtype": torch.int32}, ValueError, "dtype must be one of"),
@@ -180,6 +185,9 @@ BAD_MODELS = {
     "image_shape": ({"image_shape": (16, 16)}, ValueError, "image_shape must be three positive integers"),
     "image_shape 0": ({"image_shape": (0, 16, 16)}, ValueError, "image_shape must be three positive integers"),
     "dtype": ({"dtype": torch.int64}, TypeError, "dtype must be a floating torch.dtype"),
+    "dtype of 8 bits": ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype must be a floating torch.dtype"),
+    "image_shape 5": ({"image_shape": 5}, ValueError, "image_shape must be three positive integers"),
+    "clip_x0": ({"clip_x0": None}, TypeError, "clip_x0 must be True or False"),
 }
 
 

@@ -601,3 +601,15 @@ def test_train_needs_a_float32_module_and_a_folder_to_resume() -> None:
         train(double, small_data(), config(), None)
     with pytest.raises(ValueError, match="out"):
         train(conv_model(), small_data(), config(), None, resume=True)
+
+
+def test_dropout_differs_between_steps_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seed is the key of the batch's first sample, and no other step's"""
+    seeds: list[int] = []
+    real = torch.manual_seed
+    models = [unet_model(), unet_model()]
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), real(seed))[1])
+    for seed, model in enumerate(models):
+        train(model, small_data(), TrainConfig(iterations=3, batch_size=4, seed=seed), None, progress=False)
+    assert len(seeds) == len(set(seeds)) == 6
+    assert seeds[:3] == [int(sample_keys(0, 4 * step, 1)) for step in range(3)]

@@ -39,7 +39,8 @@ def tradeoff(report: dict[str, Any], path: str | PathLike[str]) -> Path:
     curve(left, "spread_ratio", ORANGE, "s", "within-class spread / real")
     left.axhline(real["accuracy"]["mean"], color=BLUE, linestyle="--", linewidth=1, label="accuracy on real images")
     left.axhline(1.0, color=ORANGE, linestyle="--", linewidth=1, label="spread of real images")
-    left.set_ylim(bottom=0, top=max(1.05, left.get_ylim()[1]))
+    least = min(point[name]["mean"] for point in points for name in ("accuracy", "spread_ratio"))
+    left.set_ylim(bottom=0.9 * least, top=max(1.02, left.get_ylim()[1]))
     left.set_title("fidelity and diversity", fontsize=10)
     curve(right, "frechet", BLUE, "o", "generated against real")
     sizes = real["frechet_halves"]["sizes"]

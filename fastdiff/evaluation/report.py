@@ -97,13 +97,12 @@ def evaluate(
         "dtype": str(sampler.dtype).removeprefix("torch."),
     }
     identity = {"kind": ROW_KIND, "format": ROW_FORMAT, "model_sha256": model_sha256, **settings}
-    file = None if out is None else results_file(out, commit, name)
     known = _known_rows(out, identity)
-
     labels = np.arange(images) % num_classes
     points = [(w, seed) for w in w_list for seed in seed_list]
     rows: dict[tuple[float, int], Report] = {point: known[point] for point in points if point in known}
     reused = len(rows)
+    file = None if out is None or reused == len(points) else results_file(out, commit, name)
     with tqdm(points, desc="evaluate", unit="point", initial=reused, disable=not progress) as bar:
         for w, seed in points:
             if (w, seed) in rows:

@@ -308,7 +308,13 @@ def _check_folder(out: str | PathLike[str] | None, resume: bool) -> Path | None:
 
 
 def _cut_log(path: Path, step: int) -> None:
-    """Drops the lines after step, and a last one that a kill cut short: the run writes them again."""
+    """Drops the lines after step, which the run writes again, and whatever is no line of a log."""
+
+    def keeps(line: str) -> bool:
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            return False
+
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    checkpoint.atomic_write(path, "".join(kept).encode())
+    checkpoint.atomic_write(path, "".join(filter(keeps, lines)).encode())
