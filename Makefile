@@ -36,6 +36,7 @@ MODEL ?= digits
 WEIGHTS ?= 0 0.1 0.3 0.5 1 1.5 2 4
 RESULTS ?= runs/results
 evaluate: setup
+	@mkdir -p runs
 	$(BIN)/fastdiff evaluate $(MODEL) --weights $(WEIGHTS) --out $(RESULTS) --plot runs/tradeoff.png --force
 
 bench: setup
