@@ -82,6 +82,8 @@ class DiffusionModel:
             raise TypeError(f"dtype must be a floating torch.dtype of 16 to 64 bits or None, got {dtype!r}")
         if not isinstance(clip_x0, bool):
             raise TypeError(f"clip_x0 must be True or False, got {clip_x0!r}")
+        if provenance is not None and not isinstance(provenance, Mapping):
+            raise TypeError(f"provenance must be a mapping or None, got {type(provenance).__name__}")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction

@@ -66,6 +66,6 @@ PREDICTIONS: dict[str, Prediction] = {
 
 def named_prediction(name: str) -> Prediction:
     """PREDICTIONS[name], or a ValueError that lists the names."""
-    if name not in PREDICTIONS:
+    if not isinstance(name, str) or name not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {sorted(PREDICTIONS)}, got {name!r}")
     return PREDICTIONS[name]

@@ -67,7 +67,7 @@ class Schedule:
     @classmethod
     def named(cls, name: str, num_train_timesteps: int = 1000) -> Schedule:
         """The schedule SCHEDULES[name] of length T. ValueError lists the names."""
-        if name not in SCHEDULES:
+        if not isinstance(name, str) or name not in SCHEDULES:
             raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {name!r}")
         if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be an integer of at least 1, got {num_train_timesteps!r}")

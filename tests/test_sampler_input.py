@@ -174,6 +174,8 @@ BAD_MODELS = {
     "schedule": ({"schedule": "quadratic"}, ValueError, "schedule must be one of"),
     "schedule array": ({"schedule": np.ones(3)}, TypeError, "schedule must be a Schedule or a name"),
     "prediction": ({"prediction": "score"}, ValueError, "prediction must be one of"),
+    "prediction list": ({"prediction": []}, ValueError, "prediction must be one of"),
+    "provenance": ({"provenance": 5}, TypeError, "provenance must be a mapping"),
     "variance": ({"variance": "tiny"}, ValueError, "variance must be one of"),
     "num_classes": ({"num_classes": 0}, ValueError, "num_classes must be an integer of at least 1"),
     "null_label": ({"null_label": -1}, ValueError, "null_label must be an integer of at least 0"),
