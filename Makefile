@@ -26,7 +26,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 
-# the bundled model again: trains it, or goes on where a run stopped, then measures the figures of its card
+# the bundled model again: trains it, or goes on where a run stopped, then measures the criteria of its card
 digits: setup
 	$(BIN)/fastdiff train --recipe fastdiff/assets/digits/recipe.json --out runs/digits \
 		$(if $(wildcard runs/digits/state.safetensors),--resume)
@@ -42,13 +42,12 @@ evaluate: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q
 
-# needs no install: torch, numpy, safetensors, pillow, tqdm, pytest and pytest-benchmark, and a GPU; COMMIT and DIRTY say
-# what is measured where there is no git
-COMMIT ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
-DIRTY ?= $(shell test -z "$$(git status --porcelain 2>/dev/null)" && echo clean || echo dirty)
+# needs no install: torch, numpy, safetensors, pillow, tqdm, pytest and pytest-benchmark, and a GPU; where there is no git,
+# COMMIT=... and STATE=clean or dirty say what is measured
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/test_gpu.py tests/kernels
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest benchmarks -q --device cuda --commit $(COMMIT) --state $(DIRTY)
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/test_gpu.py
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest benchmarks -q --device cuda \
+		$(if $(COMMIT),--commit $(COMMIT)) $(if $(STATE),--state $(STATE))
 
 wheel: setup
 	$(BIN)/python .ci/wheel.py

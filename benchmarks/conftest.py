@@ -34,7 +34,8 @@ def record(pytestconfig: pytest.Config, device: torch.device, benchmark: Any) ->
     commit, state = pytestconfig.getoption("--commit"), pytestconfig.getoption("--state")
     dirty = None if state is None else state == "dirty"
     if commit is None:
-        commit, dirty = git_state()
+        commit, found = git_state()
+        dirty = found if state is None else dirty
 
     def run(function: Callable[[], object], *, case: str, rounds: int = 10, **facts: object) -> None:
         def timed() -> None:

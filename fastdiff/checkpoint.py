@@ -28,7 +28,7 @@ from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.placement import DTYPES, resolve_device
 from fastdiff.schedule import SCHEDULES, Schedule
 
-__all__ = ["BUNDLED", "CheckpointError", "atomic_write", "fresh", "info", "load", "save"]
+__all__ = ["BUNDLED", "CheckpointError", "atomic_write", "fresh", "info", "kind_of", "load", "save"]
 
 BUNDLED = {"digits": Path(__file__).parent / "assets" / "digits"}
 
@@ -98,17 +98,12 @@ def save(
     Raises TypeError for a network of another kind, ValueError for a storage_dtype that cannot hold the weights, and
     CheckpointError naming the path for all else; then the checkpoint before is untouched and nothing else is left.
     """
-    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+    if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {folder!r}")
+    if not os.fspath(folder):
+        raise ValueError("folder must name a folder, got ''; '.' is this one")
     folder = Path(folder)
-    if not isinstance(model, DiffusionModel):
-        raise TypeError(f"model must be a DiffusionModel, got {type(model).__name__}")
-    kind = next((kind for kind, (_, network) in _networks().items() if type(model.network) is network), None)
-    if kind is None:
-        raise TypeError(
-            f"model.network must be one of {[network.__name__ for _, network in _networks().values()]} to be saved, "
-            f"got {type(model.network).__name__}; unwrap it, or keep its weights yourself"
-        )
+    kind = kind_of(model)
     tensors = _stored(model.network.state_dict(), storage_dtype)  # type: ignore[attr-defined]
     with _blaming(folder):
         weights = safetensors.torch.save(tensors)
@@ -120,6 +115,19 @@ def save(
                 raise ValueError("a checkpoint is there already; overwrite=True replaces it")
             _commit(folder, recipe.file, weights, config)
     return folder
+
+
+def kind_of(model: DiffusionModel) -> str:
+    """The network's type in config.json. TypeError for one that cannot be saved."""
+    if not isinstance(model, DiffusionModel):
+        raise TypeError(f"model must be a DiffusionModel, got {type(model).__name__}")
+    for kind, (_, network) in _networks().items():
+        if type(model.network) is network:
+            return kind
+    raise TypeError(
+        f"model.network must be one of {[network.__name__ for _, network in _networks().values()]} to be saved, "
+        f"got {type(model.network).__name__}; unwrap it, or keep its weights yourself"
+    )
 
 
 def fresh(sections: Mapping[str, Any], *, seed: int = 0, device: torch.device | str | None = None) -> DiffusionModel:
@@ -184,7 +192,9 @@ def _networks() -> dict[str, tuple[type[Any], type[torch.nn.Module]]]:
 
 
 def _folder(src: str | os.PathLike[str]) -> Path:
-    if not isinstance(src, str | os.PathLike) or not os.fspath(src):
+    if src == "":
+        raise ValueError(f"src must be a bundled name {sorted(BUNDLED)} or a folder, got ''; '.' is this one")
+    if not isinstance(src, str | os.PathLike):
         raise TypeError(f"src must be a bundled name {sorted(BUNDLED)} or a folder, got {src!r}")
     folder = BUNDLED[src] if isinstance(src, str) and src in BUNDLED else Path(src)
     with _blaming(folder):

@@ -98,7 +98,7 @@ class Sample:
             raise ValueError(f"model {self.model}: pictures have 1 or 3 channels, got {channels}; use fastdiff.sample")
         if kind == "png":
             images.grid_size(height, width, len(texts), columns)
-        n = columns * len(rows or "1")
+        n = columns * len(texts)
         if n > MAX_IMAGES:
             raise ValueError(f"--labels and --images-per-label ask for {n} images; at most {MAX_IMAGES} at a time")
         labels = None if rows is None else [label for label in rows for _ in range(columns)]
@@ -117,7 +117,6 @@ class Sample:
         )
         if not self.quiet:
             print(f"seed    {seed}\ndevice  {sampler.device}\ndtype   {_plain(sampler.dtype)}", flush=True)
-        n = columns * len(texts)
         began = time.perf_counter()
         pixels = images.to_uint8(sampler(labels, w, num_images=n, seed=seed, progress=not self.quiet)).cpu()
         seconds = time.perf_counter() - began
@@ -172,8 +171,9 @@ class Train:
         from fastdiff.placement import resolve_device, resolve_dtype
 
         folder = Path(self.out)
-        # a run that failed before its first save leaves nothing but a log
-        if not self.resume and folder.exists() and {file.name for file in folder.iterdir()} - {"log.jsonl"}:
+        # a run that ended before its first save leaves a log, and the beginning of a save
+        left = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        if not self.resume and [name for name in left if name != "log.jsonl" and not name.startswith(".tmp-")]:
             raise ValueError(f"--out {folder} is not empty; --resume goes on with a run, or give a new folder")
         recipe, device = _read_recipe(Path(self.recipe)), resolve_device(self.device)
         storage_dtype = resolve_dtype(recipe["storage_dtype"])
@@ -348,9 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastdiff: interrupted", file=sys.stderr)
         return 130
     # CheckpointError is a ValueError; OverflowError and MemoryError come of absurd sizes
-    except (ValueError, TypeError, ArithmeticError, OSError, MemoryError, RuntimeError) as error:
-        # torch has no class of its own for memory that a CPU does not have
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+    except (ValueError, TypeError, FloatingPointError, OverflowError, OSError, MemoryError, RuntimeError) as error:
+        # a RuntimeError is a bug, but for torch's out of memory, which has no class of its own on a CPU
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         print(f"fastdiff: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2

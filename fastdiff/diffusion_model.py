@@ -11,11 +11,20 @@ import torch
 from fastdiff.prediction import named_prediction
 from fastdiff.schedule import Schedule
 
-__all__ = ["VARIANCES", "DiffusionModel", "Network"]
+__all__ = ["VARIANCES", "DiffusionModel", "Network", "is_conditioned_apart"]
 
 Network = Callable[..., torch.Tensor]
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+
+
+def is_conditioned_apart(network: object) -> bool:
+    """Whether a network follows fastdiff's optional protocol, as its UNet does.
+
+    It computes its conditioning apart, `conditioning(t, y) -> mod`, from its image path, `body(x, mod)`; runs in any
+    floating dtype that it is converted to; and tells its embedding's rows in `num_labels`, None for no labels.
+    """
+    return all(callable(getattr(network, part, None)) for part in ("conditioning", "body"))
 
 
 class DiffusionModel:
@@ -69,9 +78,10 @@ class DiffusionModel:
         for argument, value, least in (("num_classes", num_classes, 1), ("null_label", null_label, 0)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{argument} must be an integer of at least {least} or None, got {value!r}")
-        # a network may tell how many labels its embedding has; one too few would fail only while sampling
-        rows, needed = getattr(network, "num_labels", None), max(num_classes or 0, (null_label or 0) + 1)
-        if isinstance(rows, int) and num_classes is not None and needed > rows:
+        # a label without a row in the embedding would fail only while sampling
+        rows = getattr(network, "num_labels", None) if is_conditioned_apart(network) else None
+        needed = max(num_classes or 0, (null_label or 0) + 1)
+        if rows is not None and num_classes is not None and needed > rows:
             raise ValueError(
                 f"num_classes={num_classes} and null_label={null_label} need {needed} labels, the network has {rows}"
             )

@@ -78,11 +78,11 @@ def _array(value: object, argument: str) -> npt.NDArray[Any]:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.double() if value.is_floating_point() else value).numpy()
-    elif isinstance(value, Sequence) and any(isinstance(v, bool | np.bool_) for v in value):
-        value = np.array(value, dtype=bool)  # numpy would make numbers of [True, 2]
+    # numpy would make numbers of [True, 2]
+    truths = isinstance(value, Sequence) and any(isinstance(v, bool | np.bool_) for v in value)
     try:
-        return np.asarray(value)
-    except (TypeError, ValueError):
+        return np.array(value, dtype=bool if truths else None)
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{argument} must be a number or a flat sequence of numbers, got {value!r}") from None
 
 

@@ -118,8 +118,8 @@ def check_out(path: str | os.PathLike[str], force: bool = False) -> str:
     """
     text = os.fspath(path)
     target, suffix = Path(text), Path(text).suffix.lower()
-    if not target.name.strip() or target.name.lower() in (".png", ".npz"):
-        raise ValueError(f"{text!r} names no file; give one such as {text.strip()}samples.png")
+    if not text.strip() or target.name.lower() in (".png", ".npz"):
+        raise ValueError(f"{text!r} names no file; give a name such as samples.png")
     if len(os.fsencode(target.name)) > _MAX_NAME:
         raise ValueError(f"{text} cannot be written: its name is too long, at most {_MAX_NAME} bytes are allowed")
     try:

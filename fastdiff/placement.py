@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-import weakref
 from collections.abc import Iterator
 
 import torch
 
-from fastdiff.diffusion_model import DiffusionModel, Network
+from fastdiff.diffusion_model import DiffusionModel, Network, is_conditioned_apart
 
 __all__ = [
     "DTYPES",
@@ -56,13 +55,10 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def preferred_dtype(model: DiffusionModel, device: torch.device) -> torch.dtype | None:
-    """The recorded dtype; for a network of ours what suits the hardware; None for others, which stay as they are.
-
-    Ours are those that compute their conditioning apart (`conditioning`) from their image path (`body`).
-    """
+    """The recorded dtype; for a network of our protocol what suits the hardware; None for others, which stay."""
     if model.dtype is not None:
         return model.dtype
-    if all(callable(getattr(model.network, part, None)) for part in ("conditioning", "body")):
+    if is_conditioned_apart(model.network):
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     return None
@@ -83,38 +79,36 @@ def placed(network: Network, device: torch.device, dtype: torch.dtype | None, re
     tensors = [*network.parameters(), *network.buffers()]
     if all(p.device == device and (dtype in (None, p.dtype) or not p.is_floating_point()) for p in tensors):
         return network
-    old = [*reuse.parameters(), *reuse.buffers()] if isinstance(reuse, torch.nn.Module) else []
-    if [p.shape for p in old] != [p.shape for p in tensors]:
-        return copy.deepcopy(network).to(device, dtype)
-    for mine, now in zip(old, tensors, strict=True):
-        mine.copy_(now)
-    return reuse if reuse is not None else network
+    if isinstance(reuse, torch.nn.Module):
+        old = [*reuse.parameters(), *reuse.buffers()]
+        if [p.shape for p in old] == [p.shape for p in tensors]:
+            for mine, now in zip(old, tensors, strict=True):
+                mine.copy_(now)
+            return reuse
+    return copy.deepcopy(network).to(device, dtype)
 
 
-# how many are sampling a network right now, and which of its modules go back to training after the last of them
-_sampled: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = weakref.WeakKeyDictionary()
+# how many are sampling each module right now, and the mode it goes back to after the last of them
+_sampled: dict[torch.nn.Module, tuple[int, bool]] = {}
 _sampled_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def eval_mode(network: object) -> Iterator[None]:
     """Dropout off while anybody samples the network; every submodule gets its own mode back after the last of them."""
-    if not isinstance(network, torch.nn.Module):
-        yield
-        return
+    modules = list(network.modules()) if isinstance(network, torch.nn.Module) else []
     with _sampled_lock:
-        users, training = _sampled.get(network, (0, []))
-        training = training or [m for m in network.modules() if m.training]
-        _sampled[network] = users + 1, training
-        for module in training:
+        for module in modules:
+            users, mode = _sampled.get(module, (0, module.training))
+            _sampled[module] = users + 1, mode
             module.training = False
     try:
         yield
     finally:
         with _sampled_lock:
-            users, training = _sampled.pop(network)
-            if users > 1:
-                _sampled[network] = users - 1, training
-            else:
-                for module in training:
-                    module.training = True
+            for module in modules:
+                users, mode = _sampled.pop(module)
+                if users > 1:
+                    _sampled[module] = users - 1, mode
+                else:
+                    module.training = mode

@@ -27,7 +27,16 @@ from fastdiff.guidance import (
     resolve_w,
 )
 from fastdiff.noise import Seed, resolve_seeds
-from fastdiff.placement import device_of, dtype_of, eval_mode, placed, preferred_dtype, resolve_device, resolve_dtype
+from fastdiff.placement import (
+    DTYPES,
+    device_of,
+    dtype_of,
+    eval_mode,
+    placed,
+    preferred_dtype,
+    resolve_device,
+    resolve_dtype,
+)
 from fastdiff.schedule import Steps
 from fastdiff.solvers import SOLVERS, Solver, StepTable
 from fastdiff_kernels import COEFS, STREAM_X_T, guided_step, load_row, philox_normal
@@ -128,13 +137,13 @@ class Sampler:
             raise TypeError(f"check_finite must be True or False, got {check_finite!r}")
         if not isinstance(model, DiffusionModel | str | PathLike):
             raise TypeError(f"model must be a DiffusionModel, a name or a folder, got {type(model).__name__}")
-        self._loaded = False  # by this sampler, which may then move it
+        loaded = None
         if isinstance(model, DiffusionModel):
             self.device = resolve_device(device) if device is not None else device_of(model)
         else:
             self.device = resolve_device(device)
             model = load(model, dtype=dtype)
-            self._loaded = True
+            loaded = model.network
         self.model = model
         self._convert_to = dtype or preferred_dtype(model, self.device)
         self.dtype = self._convert_to or dtype_of(model)
@@ -142,6 +151,8 @@ class Sampler:
             raise ValueError(f"dtype=torch.float64 runs on the CPU only, got device {self.device}")
         self.table = _build_table(model, solver, steps, eta, clip_x0)
         self._guided = guided_rows(self.table.sigma_edm, guidance_interval)
+        if isinstance(loaded, torch.nn.Module):
+            loaded.to(self.device)  # once all of the above was right
         self._network = self._source = model.network
         self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.batch_size = batch_size
@@ -221,11 +232,10 @@ class Sampler:
     @contextlib.contextmanager
     def _current_network(self) -> Iterator[None]:
         """The network on the device with the weights that it has now, in eval mode; a copy is brought up to date."""
-        if self._loaded and isinstance(self.model.network, torch.nn.Module):
-            self.model.network.to(self.device)
-        copied = self._network if self._network is not self._source and self._source is self.model.network else None
-        self._source = self.model.network
-        self._network = placed(self._source, self.device, self._convert_to, copied)
+        network = self.model.network
+        copied = self._network if self._source is network and self._network is not network else None
+        self._network = placed(network, self.device, self._convert_to, copied)
+        self._source = network
         with eval_mode(self._network):
             yield
 
@@ -319,8 +329,9 @@ class Sampler:
     def _check_output(self, out: object, live: int) -> None:
         C, H, W = self.model.image_shape
         shapes = [(live, 2 * C, H, W)] if self.table.learned else [(live, C, H, W), (live, 2 * C, H, W)]
-        if isinstance(out, torch.Tensor) and torch.promote_types(out.dtype, self._state_dtype) != self._state_dtype:
-            raise TypeError(f"network(x, t, y) must return {self._state_dtype} or a narrower float, got {out.dtype}")
+        narrower = [dtype for dtype in DTYPES.values() if dtype.itemsize <= self._state_dtype.itemsize]
+        if isinstance(out, torch.Tensor) and out.dtype not in narrower:
+            raise TypeError(f"network(x, t, y) must return {' or '.join(map(str, narrower))}, got {out.dtype}")
         if not isinstance(out, torch.Tensor) or tuple(out.shape) not in shapes:
             got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise ValueError(

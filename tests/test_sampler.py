@@ -13,6 +13,7 @@ from torch import nn
 import fastdiff
 import fastdiff.sampler
 from fastdiff import Cancelled, DiffusionModel, Sampler
+from fastdiff.placement import eval_mode
 from fastdiff.solvers import ddpm
 
 SHAPE, STEPS = (2, 4, 4), 6
@@ -411,7 +412,7 @@ def test_a_sampler_serves_calls_in_and_out_of_inference_mode():
 class Mixed(nn.Module):
     """bfloat16 but for one float32 table"""
 
-    conditioning = "a name that our protocol uses as well"
+    conditioning, num_labels = "names that our protocol uses as well", 2
 
     def __init__(self):
         super().__init__()
@@ -455,3 +456,38 @@ class WithoutTimes(nn.Module):
 
     def forward(self, x, t, y):
         return self.network(x)
+
+
+def test_dropout_stays_off_under_a_network_that_is_sampled_inside_another():
+    inner = nn.Dropout(0.5)
+    with eval_mode(nn.Sequential(inner)):
+        with eval_mode(inner):
+            assert not inner.training
+        assert not inner.training
+    assert inner.training
+
+
+def test_a_failed_conversion_leaves_no_network_of_before():
+    class Shifted(WithoutTimes):
+        def __init__(self, shift, copies=True):
+            super().__init__(nn.Conv2d(2, 2, 1))
+            self.shift, self.copies = shift, copies
+
+        def __deepcopy__(self, memo):
+            if not self.copies:
+                raise MemoryError("no room")
+            copied = Shifted(self.shift)
+            copied.load_state_dict(self.state_dict())
+            return copied
+
+        def forward(self, x, t, y):
+            return torch.tanh(self.network(x) + self.shift)
+
+    sampler = Sampler(a_model(Shifted(0.0)), steps=STEPS, dtype="float64")
+    sampler([1], seed=0)
+    sampler.model.network = Shifted(1.0, copies=False)
+    with pytest.raises(MemoryError):
+        sampler([1], seed=0)
+    sampler.model.network.copies = True
+    expected = Sampler(sampler.model, steps=STEPS, dtype="float64")([1], seed=0)
+    assert torch.equal(sampler([1], seed=0), expected)

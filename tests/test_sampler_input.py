@@ -30,6 +30,7 @@ BAD_CALLS = {
     "labels bool": ({"labels": [True, False]}, TypeError, "labels must be integers, got bool"),
     "labels partly bool": ({"labels": [True, 2]}, TypeError, "labels must be integers, got bool"),
     "w partly bool": ({"labels": [1, 2], "w": [True, 2.0]}, TypeError, "w must be a number"),
+    "labels partly bool, partly lists": ({"labels": [True, [1, 2]]}, TypeError, "labels must be"),
     "label True": ({"labels": True}, TypeError, "labels must be integers"),
     "labels text": ({"labels": "3"}, TypeError, "labels must be integers, got str"),
     "labels with None": ({"labels": [1, None]}, TypeError, "labels must be integers"),

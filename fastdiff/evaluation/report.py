@@ -25,7 +25,7 @@ __all__ = ["DEFAULT_SEEDS", "DEFAULT_WEIGHTS", "evaluate", "table"]
 # from the range of classifier-free guidance (2207.12598) table 1, with 1.5, which the accuracy criterion is about
 DEFAULT_WEIGHTS = (0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 4.0)
 DEFAULT_SEEDS = (0, 1, 2)
-FIGURES = ("accuracy", "spread_ratio", "frechet", "near_copies", "nearest_ratio", "images_per_second")
+FIGURES = ("accuracy", "spread_ratio", "frechet", "near_copies", "nearest_ratio")
 ROW_KIND = "evaluation"
 ROW_FORMAT = 1  # raised when a figure changes its meaning: older rows are then measured again
 
@@ -121,7 +121,6 @@ def evaluate(
         "model_sha256": model_sha256,
         "settings": {
             **settings,
-            "batch_size": batch_size,
             "nfe": len(sampler.table),
             "weights": w_list,
             "seeds": seed_list,
@@ -131,7 +130,7 @@ def evaluate(
         "criteria": criteria(real_figures, summary),
         # of the rows, which may be of other days and machines than this call
         "environment": {
-            **{key: sorted({str(row.get(key)) for row in rows.values()}) for key in environment},
+            **{key: sorted({str(row.get(key)) for row in rows.values()}) for key in ("batch_size", *environment)},
             "seconds": sum(row["seconds"] for row in rows.values()),
             "points_sampled": len(rows) - reused,
             "points_reused": reused,

@@ -37,8 +37,8 @@ Callback = Callable[[int, DiffusionModel], object]
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.jsonl"
 MODEL_FOLDER = "model"
-# how a run is watched, not what it computes
-FREE_FIELDS = ("log_every", "save_every")
+# how a run is watched and where it keeps its activations, not what it computes
+FREE_FIELDS = ("log_every", "save_every", "gradient_checkpointing")
 
 
 class TrainingError(RuntimeError):
@@ -68,6 +68,8 @@ def train(
     updated or saved at that step, and what was saved last stays, as it does after KeyboardInterrupt.
     """
     network = _check(model, data, config)
+    if out is not None:
+        checkpoint.kind_of(model)
     folder = _check_folder(out, resume)
     run = _Run(model, network, data, config)
     if folder is not None and resume:
@@ -214,7 +216,7 @@ class _Run:
 
     def _facts(self) -> dict[str, Any]:
         """What must be equal for a run to go on; the names are those that errors show."""
-        model, config = self.model, getattr(self.network, "config", None)
+        model, network = self.model, self.network.config.to_dict()
         return {
             **{k: v for k, v in self.config.to_dict().items() if k not in FREE_FIELDS},
             "data": self._digest,
@@ -224,7 +226,7 @@ class _Run:
             "null_label": model.null_label,
             "image_shape": list(model.image_shape),
             # shapes alone do not tell heads, groups or dropout apart
-            "network": None if config is None else config.to_dict(),
+            "network": {k: v for k, v in network.items() if k not in FREE_FIELDS},
         }
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
