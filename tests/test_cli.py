@@ -482,7 +482,8 @@ def test_evaluate_prints_its_table_and_draws_it(tiny: str, capsys: pytest.Captur
     assert "| w |" in printed and "| 2 |" in printed and "steps=1" in printed
     assert Image.open("a.png").width > 100
     (rows,) = Path("rows").iterdir()
-    assert len(rows.read_text().splitlines()) == 4
+    kinds = [json.loads(row)["kind"] for row in rows.read_text().splitlines()]
+    assert kinds == ["evaluation"] * 4 + ["evaluation-real"]
     assert cli.main([*arguments, "--plot", "a.png"]) == 2
     assert cli.main([*arguments, "--plot", "a.npz"]) == 2
     assert cli.main(["evaluate", tiny, "--seeds", "0"]) == 2

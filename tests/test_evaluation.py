@@ -319,6 +319,7 @@ def test_killed_run_resumes_and_ends_as_if_never_killed(tmp_path):
             assert mine[figure] == never[figure]
     finished = evaluate(diffusion(Stopping(0)), TRAIN, HELDOUT, **SMALL, out=out)
     assert finished["points"] == resumed["points"]
+    assert out.read_text().count('"evaluation-real"') == 1
 
 
 @pytest.mark.parametrize(
@@ -360,7 +361,10 @@ def test_rows_say_where_they_come_from(tmp_path):
     evaluate(diffusion(WORLD.denoise), TRAIN, HELDOUT, **SMALL, dirty=True, out=tmp_path / "results")
     (file,) = (tmp_path / "results").iterdir()
     assert "-c0ffee-" in file.name
-    for row in map(json.loads, file.read_text().splitlines()):
+    *drawn, real = map(json.loads, file.read_text().splitlines())
+    assert (real["kind"], real["commit"], len(drawn)) == ("evaluation-real", "c0ffee", 4)
+    assert real["accuracy"]["mean"] > 0.9 and real["frechet_halves"]["mean"] > 0
+    for row in drawn:
         assert row["commit"] == "c0ffee" and row["dirty"] is True and row["model_sha256"] == "ab" * 32
         assert row["torch"] == torch.__version__ and row["dtype"] == "float32" and row["device"]
         assert row["images_per_second"] == pytest.approx(30 / row["seconds"])

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Each case's body runs on the CPU as well, so it cannot rot."""
+"""What only a GPU can show. The cases' bodies run on the CPU as well, where it has what they ask, so they cannot rot."""
 
 from __future__ import annotations
 

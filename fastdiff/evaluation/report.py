@@ -26,7 +26,7 @@ __all__ = ["DEFAULT_SEEDS", "DEFAULT_WEIGHTS", "evaluate", "table"]
 DEFAULT_WEIGHTS = (0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 4.0)
 DEFAULT_SEEDS = (0, 1, 2)
 FIGURES = ("accuracy", "spread_ratio", "frechet", "near_copies", "nearest_ratio")
-ROW_KIND = "evaluation"
+ROW_KIND, REAL_KIND = "evaluation", "evaluation-real"
 ROW_FORMAT = 1  # raised when a figure changes its meaning: older rows are then measured again
 
 Report = dict[str, Any]
@@ -60,7 +60,8 @@ def evaluate(
     seeds: at least two, for the error bars; each (w, seed) draws noise of its own.
     steps, solver, batch_size, device, dtype: as in `fastdiff.Sampler`; "ddim25" is an integer stride, 25 evaluations.
     model_sha256: identifies the weights. commit, dirty: of the code; commit=None asks git for both.
-    out: a .jsonl file, or a folder for <date>-<commit>-<device>.jsonl, to which one row a (w, seed) is appended. Rows
+    out: a .jsonl file, or a folder for <date>-<commit>-<device>.jsonl, to which one row a (w, seed) is
+        appended, and one of the real images. Rows
         found there (in any .jsonl of the folder) with the same model_sha256, data and settings are not sampled again;
         without model_sha256 none are reused.
 
@@ -114,6 +115,9 @@ def evaluate(
             bar.update()
 
     real_figures = real.figures()
+    data = {"kind": REAL_KIND, "format": ROW_FORMAT, "data_sha256": settings["data_sha256"]}
+    if out is not None and not any(data.items() <= row.items() for row in read_rows(out, REAL_KIND)):
+        append_row(file or results_file(out, commit, name), {**data, **real_figures, **environment})
     summary = [
         {"w": w, **{f: mean_std(np.array([rows[w, seed][f] for seed in seed_list])) for f in FIGURES}} for w in w_list
     ]
