@@ -272,7 +272,7 @@ def test_error_bars_are_the_spread_over_seeds(exact_report, tmp_path):
     evaluate(diffusion(WORLD.denoise), TRAIN, HELDOUT, **OPTIONS, out=tmp_path)
     rows = [json.loads(line) for line in next(tmp_path.glob("*.jsonl")).read_text().splitlines()]
     for point in exact_report["points"]:
-        values = [row["frechet"] for row in rows if row["w"] == point["w"]]
+        values = [row["frechet"] for row in rows if row.get("w") == point["w"]]
         assert len(set(values)) == 3
         assert point["frechet"]["mean"] == pytest.approx(sum(values) / 3)
         variance = sum((v - sum(values) / 3) ** 2 for v in values) / 2
@@ -358,12 +358,12 @@ def test_nothing_is_reused_from_other_data(tmp_path):
 
 
 def test_rows_say_where_they_come_from(tmp_path):
-    evaluate(diffusion(WORLD.denoise), TRAIN, HELDOUT, **SMALL, dirty=True, out=tmp_path / "results")
+    report = evaluate(diffusion(WORLD.denoise), TRAIN, HELDOUT, **SMALL, dirty=True, out=tmp_path / "results")
     (file,) = (tmp_path / "results").iterdir()
     assert "-c0ffee-" in file.name
     *drawn, real = map(json.loads, file.read_text().splitlines())
     assert (real["kind"], real["commit"], len(drawn)) == ("evaluation-real", "c0ffee", 4)
-    assert real["accuracy"]["mean"] > 0.9 and real["frechet_halves"]["mean"] > 0
+    assert report["real"].items() <= real.items()
     for row in drawn:
         assert row["commit"] == "c0ffee" and row["dirty"] is True and row["model_sha256"] == "ab" * 32
         assert row["torch"] == torch.__version__ and row["dtype"] == "float32" and row["device"]

@@ -1,4 +1,4 @@
-"""What only a GPU can show. The cases' bodies run on the CPU as well, where it has what they ask, so they cannot rot."""
+"""What only a GPU can show. Cases that a CPU can run as well do so there, and cannot rot."""
 
 from __future__ import annotations
 

@@ -60,10 +60,9 @@ def evaluate(
     seeds: at least two, for the error bars; each (w, seed) draws noise of its own.
     steps, solver, batch_size, device, dtype: as in `fastdiff.Sampler`; "ddim25" is an integer stride, 25 evaluations.
     model_sha256: identifies the weights. commit, dirty: of the code; commit=None asks git for both.
-    out: a .jsonl file, or a folder for <date>-<commit>-<device>.jsonl, to which one row a (w, seed) is
-        appended, and one of the real images. Rows
-        found there (in any .jsonl of the folder) with the same model_sha256, data and settings are not sampled again;
-        without model_sha256 none are reused.
+    out: a .jsonl file, or a folder for <date>-<commit>-<device>.jsonl, to which one row a (w, seed) is appended, and
+        one of the real images. Rows found there (in any .jsonl of the folder) with the same model_sha256, data and
+        settings are not sampled again; without model_sha256 none are reused.
 
     The report has model_sha256, settings, real, points (one a w: mean and std over seeds of each figure of
     `Real.measure`), criteria and environment; `table` prints it, `plot.tradeoff` draws it. Raises ValueError or
