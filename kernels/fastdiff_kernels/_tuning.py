@@ -1,0 +1,59 @@
+"""Launch settings: a rule for every shape, and over it what was measured on a GPU of this name; nothing is timed here
+
+configs/<GPU name>.json holds {"settings": {kernel: {bucket: {setting: value}}}, ...}. The bucket of a shape rounds its rows
+and pixels up to powers of two. Settings change how fast a result comes, except CHUNKS, which is a rule of the shape alone.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def num_chunks(pixels: int) -> int:
+    """Chunks of an image's pixels whose statistics are kept apart; independent of batch and device, as results must be
+
+    64 pixels each, at most 64 of them: two images of 64 x 64 and 192 channels are 384 programs of 64 channels.
+    """
+    return max(1, min(64, -(-pixels // 64)))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n, at least 1"""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def channel_block(channels: int) -> int:
+    """Channels of a program: 64, or 32 where only that divides, so that no lane is masked; fewer for narrow tensors"""
+    if channels % 64 and channels % 32 == 0:
+        return 32
+    return min(64, power_of_two(channels))
+
+
+def bucket(rows: int, channels: int, pixels: int, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} C{channels} HW{power_of_two(pixels)} B{power_of_two(rows)}"
+
+
+def config_file(gpu_name: str) -> Path:
+    return CONFIGS / (re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + ".json")
+
+
+@functools.cache
+def _measured(device: torch.device) -> dict[str, dict[str, dict[str, Any]]]:
+    if device.type != "cuda":
+        return {}
+    path = config_file(torch.cuda.get_device_name(device))
+    return json.loads(path.read_text())["settings"] if path.exists() else {}
+
+
+def settings(
+    kernel: str, device: torch.device, rows: int, channels: int, pixels: int, dtype: torch.dtype, **rule: int
+) -> dict[str, int]:
+    """rule, with the values measured for this kernel and bucket on this GPU over it; other names are ignored"""
+    found = _measured(device).get(kernel, {}).get(bucket(rows, channels, pixels, dtype), {})
+    return rule | {name: value for name, value in found.items() if name in rule}
