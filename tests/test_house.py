@@ -40,13 +40,15 @@ def room_of(path: Path) -> str:
 
 def imported_modules(path: Path) -> set[str]:
     """Every module a file imports, at any depth of its code."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            names.update(f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
-    return names
+    return set().union(*(imported_names(node) for node in ast.walk(ast.parse(path.read_text()))))
+
+
+def imported_names(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+    return set()
 
 
 def rooms_of(names: set[str]) -> set[str]:
@@ -94,10 +96,19 @@ def test_a_forbidden_import_is_seen(line: str, monkeypatch: pytest.MonkeyPatch) 
         test_a_room_imports_only_what_it_may(path)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / KERNELS).glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / KERNELS).rglob("*.py")), ids=lambda path: path.name)
 def test_the_kernels_stand_alone(path: Path) -> None:
     outside = {name.split(".")[0] for name in imported_modules(path)} - set(sys.stdlib_module_names)
-    assert outside <= {"torch", ""}, outside  # "": its own modules, relative
+    allowed = {"torch", ""} | ({"triton"} if path.parent.name == "jit" else set())  # "": its own modules, relative
+    assert outside <= allowed, outside
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels" / KERNELS).glob("*.py")), ids=lambda path: path.name)
+def test_what_imports_triton_is_loaded_at_a_launch(path: Path) -> None:
+    names = set().union(*(imported_names(node) for node in ast.parse(path.read_text()).body))
+    assert not [name for name in names if "jit" in name.split(".")], (
+        "import from .jit inside the function that launches"
+    )
 
 
 def test_kernels_is_a_folder_not_a_package() -> None:

@@ -50,9 +50,7 @@ class Plan:
         tensor = next(value for value in self.args.values() if isinstance(value, Tensor))
         # Triton launches on the current device, which need not be that of the tensors
         with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-            self.kernel[self.grid](
-                **self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
 
     def signature(self) -> dict[str, str]:
         """Triton's type of each parameter in order, "constexpr" for what the code is generated for"""
@@ -60,7 +58,7 @@ class Plan:
         return {name: types.get(name, "constexpr") for name in self.kernel.arg_names}
 
     def compile_time(self) -> dict[str, Any]:
-        """Values of the parameters whose signature is constexpr; an integer 1 and None are among them, as in a launch"""
+        """Values of the parameters whose signature is constexpr; a launch takes integers of 1 and None for such, too"""
         fixed = {name: value for name, value in self.args.items() if _type(value) == "constexpr"}
         return {**fixed, **self.constexprs}
 

@@ -1,18 +1,29 @@
 """Launch settings: a rule for every shape, and over it what was measured on a GPU of this name; nothing is timed here
 
-configs/<GPU name>.json holds {"settings": {kernel: {bucket: {setting: value}}}, ...}. The bucket of a shape rounds its rows
-and pixels up to powers of two. Settings change how fast a result comes, except CHUNKS, which is a rule of the shape alone.
+configs/<GPU name>.json holds {"settings": {kernel: {bucket: {setting: value}}}, ...}. The bucket of a shape rounds its
+rows and pixels up to powers of two. Settings change how fast a result comes and the order of a sum, except CHUNKS,
+which is a rule of the shape alone.
 """
 
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 CONFIGS = Path(__file__).parent / "configs"
+
+# kernels that sum over pixels: an image's result may not depend on how many come with it, so all batches share a bucket
+SUMS = frozenset({"statistics", "residual", "slab", "sums", "dx", "slab_backward"})
+
+observers: list[Callable[[str, str, dict[str, int]], None]] = []
+"""Called with kernel, bucket and rule whenever settings are asked for: what the tuner learns its candidates from"""
+
+trial: dict[str, dict[str, int]] = {}
+"""Kernel -> settings that stand in for what was measured while the tuner tries them"""
 
 
 def num_chunks(pixels: int) -> int:
@@ -35,8 +46,9 @@ def channel_block(channels: int) -> int:
     return min(64, power_of_two(channels))
 
 
-def bucket(rows: int, channels: int, pixels: int, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} C{channels} HW{power_of_two(pixels)} B{power_of_two(rows)}"
+def bucket(kernel: str, rows: int, channels: int, pixels: int, dtype: torch.dtype) -> str:
+    place = f"{str(dtype).removeprefix('torch.')} C{channels} HW{power_of_two(pixels)}"
+    return place if kernel in SUMS else f"{place} B{power_of_two(rows)}"
 
 
 def config_file(gpu_name: str) -> Path:
@@ -52,8 +64,11 @@ def _measured(device: torch.device) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def settings(
-    kernel: str, device: torch.device, rows: int, channels: int, pixels: int, dtype: torch.dtype, **rule: int
+    kernel: str, device: torch.device, rows: int, channels: int, pixels: int, dtype: torch.dtype, /, **rule: int
 ) -> dict[str, int]:
     """rule, with the values measured for this kernel and bucket on this GPU over it; other names are ignored"""
-    found = _measured(device).get(kernel, {}).get(bucket(rows, channels, pixels, dtype), {})
+    place = bucket(kernel, rows, channels, pixels, dtype)
+    for observe in observers:
+        observe(kernel, place, dict(rule))
+    found = trial[kernel] if kernel in trial else _measured(device).get(kernel, {}).get(place, {})
     return rule | {name: value for name, value in found.items() if name in rule}

@@ -1,55 +1,261 @@
-"""GroupNorm with adaptive scale and shift, then SiLU: forward and backward"""
+"""GroupNorm with adaptive scale and shift, then SiLU and resampling: forward and backward, in one pass where it fits"""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from ._checks import FLOATS, check_device, check_dtype, check_int, check_shape
+from ._impl import check_impl, plain, uses_triton
+
+RESAMPLES = (None, "down", "up")
 
 
-class _AdaGroupNorm(torch.autograd.Function):
-    """y = act(normalised * gain + offset); saves x and per-channel statistics, no activation in fp32
+def _forward(
+    x: Tensor,
+    x2: Tensor | None,
+    x_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stats: Tensor | None,
+    stats2: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    resample: str | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """y, and (2, B, groups) of each group's mean and 1 / sqrt(var + eps) for the backward pass"""
+    if uses_triton(impl, x):
+        from .jit.ada_group_norm import plan_ada_group_norm
 
-    With u = normalised * gain + offset, g = dL/du, xhat = normalised, E the mean over a group:
-    dL/dx = rstd * (gain * g - E[gain * g] - xhat * E[gain * g * xhat])
+        y, moments = _outputs(x, x2, scale, groups, resample)
+        weight, bias, x_bias, stats, stats2 = _dense(weight, bias, x_bias, stats, stats2)
+        for plan in plan_ada_group_norm(
+            x, x2, y, moments, x_bias, weight, bias, scale, shift, stats, stats2, eps, silu, resample
+        ):
+            plan.launch()
+        return y, moments
+    whole = _whole(x, x2, x_bias)
+    if stats is not None and (x2 is None or stats2 is not None):
+        pixels = x.shape[2] * x.shape[3]
+        moments = reference.group_moments(stats, stats2, x_bias, pixels, groups, eps).to(whole.dtype)
+        centred = whole - reference.spread(moments[0], whole)
+    else:
+        centred, moments = reference.centre(whole, groups, eps)
+    gain, offset = reference.modulated_affine(weight, bias, scale, shift, whole.dtype)
+    rows = len(x) if scale is None else len(scale)
+    slope = reference.repeat_rows(reference.spread(moments[1], whole), rows) * gain
+    y = reference.repeat_rows(centred, rows).mul_(slope).add_(offset)
+    y = reference.resampled(F.silu(y, inplace=True) if silu else y, resample)
+    return _in_layout(y, _empty_y(x, y.shape, "meta")), moments
+
+
+def _dense(*operands: Tensor | None) -> list[Any]:
+    """The small operands whose strides the kernels do not take; a copy only where one is a view with gaps"""
+    return [None if operand is None else operand.contiguous() for operand in operands]
+
+
+def _whole(x: Tensor, x2: Tensor | None, x_bias: Tensor | None) -> Tensor:
+    """[x, x2] + x_bias in the dtype of the statistics"""
+    whole = (x if x2 is None else torch.cat((x, x2), 1)).to(torch.promote_types(x.dtype, torch.float32))
+    return whole if x_bias is None else whole + x_bias.to(whole.dtype)[:, None, None]
+
+
+def _empty_y(x: Tensor, shape: torch.Size | tuple[int, ...], device: str | None = None) -> Tensor:
+    """Uninitialised, in the layout of x: its own where the shape is, else channels_last or contiguous"""
+    if tuple(shape) == tuple(x.shape):
+        return torch.empty_like(x, device=device or x.device)
+    channels_last = x.stride(1) == 1 and not x.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=device or x.device, memory_format=layout)
+
+
+def _in_layout(value: Tensor, like: Tensor) -> Tensor:
+    """value in the dtype and strides of like, copied only where they differ"""
+    if value.stride() == like.stride():
+        return value.to(like.dtype)
+    return torch.empty_like(like, device=value.device).copy_(value)
+
+
+def _outputs(
+    x: Tensor, x2: Tensor | None, scale: Tensor | None, groups: int, resample: str | None
+) -> tuple[Tensor, Tensor]:
+    b, c1, height, width = x.shape
+    if resample == "up":
+        height, width = 2 * height, 2 * width
+    elif resample == "down":
+        height, width = height // 2, width // 2
+    shape = (b if scale is None else scale.shape[0], c1 + (0 if x2 is None else x2.shape[1]), height, width)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return _empty_y(x, shape), torch.empty((2, b, groups), dtype=dtype, device=x.device)
+
+
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    x2: Tensor | None,
+    x_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    moments: Tensor,
+    silu: bool,
+    resample: str | None,
+    need_dx: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dx2, sums over pixels of dx for x_bias (C,), and of (g, g * xhat) for the others (2, ROWS, C); what is not
+    wanted has no elements
+
+    With u = xhat * gain + offset, g = dL/du, E the mean over a group:
+    dx = rstd * (gain * g - E[gain * g] - xhat * E[gain * g * xhat])
     """
+    c = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    if uses_triton(impl, x):
+        dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+        dx2 = torch.empty_like(x2) if need_dx and x2 is not None else x.new_empty(0)
+        from .jit.ada_group_norm_backward import dx_blocks, plan_ada_group_norm_backward
 
-    @staticmethod
-    def forward(
-        x: Tensor, gain: Tensor, offset: Tensor, groups: int, eps: float, silu: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        centred, mean, rstd = reference.centre(x, groups, eps)
-        y = centred.mul_(rstd * gain).add_(offset)
-        return (F.silu(y, inplace=True) if silu else y).to(x.dtype), mean, rstd
+        weight, bias, x_bias = _dense(weight, bias, x_bias)
+        sums = moments.new_empty((2, len(g), c))
+        dx_sums = None
+        if need_dx and x_bias is not None:
+            dx_sums = moments.new_empty((len(x), dx_blocks(x, x2, moments.shape[2]), c))
+        for plan in plan_ada_group_norm_backward(
+            x,
+            x2,
+            g,
+            dx if need_dx else None,
+            dx2 if need_dx and x2 is not None else None,
+            dx_sums,
+            sums,
+            moments,
+            x_bias,
+            weight,
+            bias,
+            scale,
+            shift,
+            silu,
+            resample,
+        ):
+            plan.launch()
+        return dx, dx2, moments.new_empty(0) if dx_sums is None else dx_sums.sum((0, 1)), sums
+    whole = _whole(x, x2, x_bias)
+    b, rows, groups = len(x), len(g), moments.shape[2]
+    mean, rstd = (reference.spread(moment, whole) for moment in moments)
+    gain, offset = reference.modulated_affine(weight, bias, scale, shift, whole.dtype)
+    centred, slope = whole - mean, reference.repeat_rows(rstd, rows) * gain
+    repeated = reference.repeat_rows(centred, rows)
+    grad = g.to(whole.dtype)
+    if resample == "up":
+        grad = reference.sum_2x2(grad)
+    elif resample == "down":
+        grad = reference.nearest_2x(grad) * 0.25
+    if silu:
+        grad = torch.ops.aten.silu_backward(grad, (repeated * slope).add_(offset))
+    sum_g = grad.sum((2, 3))
+    sum_gx = (grad * repeated).sum((2, 3)) * reference.repeat_rows(rstd, rows)[..., 0, 0]
+    sums = torch.stack((sum_g, sum_gx))
+    if not need_dx:
+        return x.new_empty(0), x.new_empty(0), moments.new_empty(0), sums
+    both = sums * gain[..., 0, 0]
+    both[:, : rows - b] += both[:, b:]
+    size = max(x.shape[2] * x.shape[3], 1) * (c // groups)
+    mean_g, mean_gx = both[:, :b].unflatten(2, (groups, -1)).sum(3) / size
+    total = centred.mul_(reference.spread(mean_gx, whole) * -(rstd**2)).sub_(reference.spread(mean_g, whole) * rstd)
+    total.addcmul_(grad[:b], slope[:b])
+    total[: rows - b].addcmul_(grad[b:], slope[b:])
+    dx_bias = moments.new_empty(0) if x_bias is None else total.sum((0, 2, 3))
+    if x2 is None:
+        return _in_layout(total, torch.empty_like(x, device="meta")), x.new_empty(0), dx_bias, sums
+    dx, dx2 = total.split((x.shape[1], x2.shape[1]), 1)
+    return torch.empty_like(x).copy_(dx), torch.empty_like(x2).copy_(dx2), dx_bias, sums
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, gain, offset, ctx.groups, _, ctx.silu = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(x, gain, offset, mean, rstd)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, offset, mean, rstd = ctx.saved_tensors
-        centred, slope, grad = x.to(mean.dtype) - mean, rstd * gain, grad.to(mean.dtype)
-        if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, (centred * slope).add_(offset))
-        grad_sum = grad.sum((2, 3), keepdim=True)
-        grad_dot = (grad * centred).sum((2, 3), keepdim=True)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            pixels = max(x.shape[2] * x.shape[3], 1)
-            group_sum = reference.over_group((slope * grad_sum / pixels)[..., 0, 0], ctx.groups)
-            group_dot = reference.over_group((slope * grad_dot / pixels)[..., 0, 0], ctx.groups) * rstd * rstd
-            dx = centred.mul_(-group_dot).sub_(group_sum).addcmul_(grad, slope).to(x.dtype)
-        dgain, doffset = (grad_dot * rstd).sum_to_size(gain.shape), grad_sum.sum_to_size(offset.shape)
-        return dx, dgain, doffset, None, None, None
+_op = torch.library.custom_op("fastdiff_kernels::ada_group_norm", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("fastdiff_kernels::ada_group_norm_backward", _backward, mutates_args=())
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    x2: Tensor | None,
+    x_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stats: Tensor | None,
+    stats2: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    resample: str | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(x, x2, scale, groups, resample)
+
+
+@_backward_op.register_fake
+def _(
+    g: Tensor,
+    x: Tensor,
+    x2: Tensor | None,
+    x_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    moments: Tensor,
+    silu: bool,
+    resample: str | None,
+    need_dx: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dx2 = torch.empty_like(x2) if need_dx and x2 is not None else x.new_empty(0)
+    dx_bias = moments.new_empty(c if need_dx and x_bias is not None else 0)
+    return dx, dx2, dx_bias, moments.new_empty((2, g.shape[0], c))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, x2, x_bias, weight, bias, scale, shift, *_, ctx.silu, ctx.resample, ctx.impl = inputs
+    ctx.save_for_backward(x, x2, x_bias, weight, bias, scale, shift, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, x2, x_bias, weight, bias, scale, shift, moments = ctx.saved_tensors
+    wanted = dict(zip(("x", "x2", "x_bias", "weight", "bias", "scale", "shift"), ctx.needs_input_grad[:7], strict=True))
+    need_dx = wanted["x"] or wanted["x2"] or wanted["x_bias"]
+    dx, dx2, dx_bias, (sum_g, sum_gx) = _backward_op(
+        g, x, x2, x_bias, weight, bias, scale, shift, moments, ctx.silu, ctx.resample, need_dx, ctx.impl
+    )
+    grads: dict[str, Tensor] = {"x": dx, "x2": dx2}
+    if wanted["x_bias"]:
+        grads["x_bias"] = dx_bias.to(x_bias.dtype)
+    if scale is not None:
+        if wanted["scale"]:
+            grads["scale"] = (sum_gx * weight + sum_g * bias).to(scale.dtype)
+        if wanted["shift"]:
+            grads["shift"] = sum_g.to(shift.dtype)
+        modulation = 1 + scale.to(sum_g.dtype)
+        sum_g, sum_gx = sum_g * modulation, sum_gx * modulation
+    if wanted["weight"]:
+        grads["weight"] = sum_gx.sum(0).to(weight.dtype)
+    if wanted["bias"]:
+        grads["bias"] = sum_g.sum(0).to(bias.dtype)
+    return *(grads.get(name) if need else None for name, need in wanted.items()), *(None,) * 7
+
+
+_op.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def ada_group_norm(
@@ -62,34 +268,106 @@ def ada_group_norm(
     groups: int,
     eps: float = 1e-5,
     silu: bool = True,
+    x2: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    resample: str | None = None,
+    stats: Tensor | None = None,
+    stats2: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
-    """y = silu((GroupNorm(x) * weight + bias) * (1 + scale[b, c]) + shift[b, c]); silu=False leaves the SiLU out
+    """y = resample(silu((GroupNorm([x, x2] + x_bias) * weight + bias) * (1 + scale[b, c]) + shift[b, c]))
 
-    Layout:    x, y (B, C, H, W), y in the layout of x (channels_last stays channels_last); weight, bias (C,);
-               scale, shift (B, C), both or neither, any strides.
+    silu=False leaves the SiLU out; without scale and shift it is a plain GroupNorm. The options remove whole passes:
+    x2:        a second tensor behind x's channels; their concatenation is never made.
+    scale, shift of up to 2B rows: row b of y comes from row b of x, or b - B from row B on.
+    x_bias:    the bias of the convolution that made x, added before the norm.
+    resample:  "down", the mean of 2 x 2 pixels, or "up", each pixel 2 x 2 times, on the way out.
+    stats, stats2: chunk statistics of x and x2 that their producer computed, as `residual` returns them; they must be
+               those of the tensors, and gradients are as if they had been computed here.
+
+    Layout:    x (B, C1, H, W), x2 (B, C2, H, W); weight, bias, x_bias (C1 + C2,); scale, shift (ROWS, C1 + C2),
+               both or neither, ROWS in [B, 2B]; stats (2, B, CHUNKS, C1) and stats2 (2, B, CHUNKS2, C2), see
+               reference.chunk_statistics; any strides. y (ROWS, C1 + C2, H', W') in
+               the layout of x, any layout being right and channels_last fast.
+    Program:   where a slab of whole groups fits on chip, (b, slab), one launch; else chunks of pixels and blocks of
+               channels: statistics (left out where given), fold, apply. The choice and the order of sums depend on the
+               shape of one image only: deterministic, and the same for every batch size.
     Precision: x float16, bfloat16, float32 or float64; the others x.dtype or float32. Statistics by two passes and
                affine in fp32 (fp64 for fp64 x), one rounding at the end.
-    Traffic:   no activation but x is kept for the backward pass; once differentiable.
+    Traffic:   1 read and 1 write where a slab fits or statistics are given, else 2 reads and 1 write. No activation
+               but x is kept for the backward pass, which is 2 reads and 1 write, or 4 reads and 1 write; once
+               differentiable.
     Reference: reference.ada_group_norm
 
-    Raises ValueError for a shape, device, groups or eps that does not fit, TypeError for a dtype: nothing is cast.
+    impl: "auto" (Triton on a GPU where triton is installed), "triton" or "reference".
+    Raises ValueError for a shape, device or option that does not fit, TypeError for a dtype: nothing is cast.
     """
+    _check(x, weight, bias, scale, shift, groups, eps, x2, x_bias, resample, stats, stats2)
+    check_impl(impl, x)
+    run = _forward if plain(x, x2, x_bias, weight, bias, scale, shift, stats, stats2) else _op
+    operands = (x, x2, x_bias, weight, bias, scale, shift, stats, stats2)
+    return run(*operands, groups, eps, silu, resample, impl)[0]
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    x2: Tensor | None,
+    x_bias: Tensor | None,
+    resample: str | None,
+    stats: Tensor | None,
+    stats2: Tensor | None,
+) -> None:
     check_shape("x", x, ("B", "C", "H", "W"))
     check_dtype("x", x, FLOATS)
-    b, c = x.shape[:2]
+    b, c1, height, width = x.shape
+    c2 = 0
+    if x2 is not None:
+        check_shape("x2", x2, (b, "C2", height, width), "it must be x's but for the channels")
+        check_dtype("x2", x2, (x.dtype,), "it must have x's dtype")
+        c2 = x2.shape[1]
+    c = c1 + c2
     check_int("groups", groups, 1)
     if c % groups:
-        raise ValueError(f"groups must divide the {c} channels of x, got {groups}")
+        raise ValueError(f"groups must divide the {c} channels of x{' and x2' if c2 else ''}, got {groups}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
+    if resample not in RESAMPLES:
+        raise ValueError(f"resample must be None, 'down' or 'up', got {resample!r}")
+    if resample == "down" and (height % 2 or width % 2):
+        raise ValueError(f"resample='down' needs an even height and width, got {height} x {width}")
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together, got only one; pass zeros for the other")
-    operands: list[tuple[str, Tensor, tuple[int, ...]]] = [("weight", weight, (c,)), ("bias", bias, (c,))]
-    if scale is not None and shift is not None:
-        operands += [("scale", scale, (b, c)), ("shift", shift, (b, c))]
+    rows = b
+    if scale is not None:
+        check_shape("scale", scale, ("ROWS", c))
+        rows = scale.shape[0]
+        if not b <= rows <= 2 * b:
+            raise ValueError(f"scale must have B to 2B rows, B = {b} of x, got {rows}")
+    operands: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("weight", weight, (c,)),
+        ("bias", bias, (c,)),
+        ("x_bias", x_bias, (c,)),
+        ("scale", scale, (rows, c)),
+        ("shift", shift, (rows, c)),
+    ]
     for name, value, shape in operands:
-        check_shape(name, value, shape)
-        check_dtype(name, value, (x.dtype, torch.float32))
-        check_device(name, value, x.device)
-    gain, offset = reference.modulated_affine(weight, bias, scale, shift, torch.promote_types(x.dtype, torch.float32))
-    return _AdaGroupNorm.apply(x, gain, offset, groups, eps, silu)[0]
+        if value is not None or name in ("weight", "bias"):
+            check_shape(name, value, shape)
+            check_dtype(name, value, (x.dtype, torch.float32))
+            check_device(name, value, x.device)
+    if x2 is not None:
+        check_device("x2", x2, x.device)
+    for name, part, of, channels in (("stats", stats, x, c1), ("stats2", stats2, x2, c2)):
+        if part is None:
+            continue
+        if of is None:
+            raise ValueError("stats2 must be None without x2, got a tensor")
+        check_shape(name, part, (2, b, "CHUNKS", channels), "see reference.chunk_statistics")
+        check_dtype(name, part, (torch.float32, torch.promote_types(x.dtype, torch.float32)))
+        check_device(name, part, x.device)

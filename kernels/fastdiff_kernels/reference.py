@@ -7,26 +7,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._tuning import num_chunks
+
 MASK32 = 0xFFFFFFFF
 
 
-def centre(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x - mean in the dtype of the statistics, with mean and 1 / sqrt(var + eps) per (sample, channel), (B, C, 1, 1)
+def group_moments(
+    stats: Tensor, stats2: Tensor | None, x_bias: Tensor | None, pixels: int, groups: int, eps: float
+) -> Tensor:
+    """(2, B, groups): mean and 1 / sqrt(var + eps) of [x, x2] + x_bias from the chunk_statistics of x and x2
+
+    Reference: Chan, Golub & LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979
+    """
+    per_channel = [_merge_chunks(part, pixels) for part in (stats, stats2) if part is not None]
+    mean, m2 = torch.cat(per_channel, 2)
+    if x_bias is not None:
+        mean = mean + x_bias.to(mean.dtype)
+    mean, m2 = (value.unflatten(1, (groups, -1)) for value in (mean, m2))
+    group_mean = mean.mean(2)
+    var = m2.mean(2) / max(pixels, 1) + (mean - group_mean[..., None]).square().mean(2)
+    return torch.stack((group_mean, torch.rsqrt(var + eps)))
+
+
+def _merge_chunks(stats: Tensor, pixels: int) -> Tensor:
+    """(2, B, C) of (2, B, CHUNKS, C)"""
+    mean, m2 = stats
+    chunks = mean.shape[1]
+    size = -(-pixels // chunks)
+    starts = torch.arange(chunks, device=mean.device) * size
+    count = (pixels - starts).clamp(0, size).to(mean.dtype)[None, :, None]
+    total = max(pixels, 1)
+    whole = (count * mean).sum(1) / total
+    return torch.stack((whole, m2.sum(1) + (count * (mean - whole[:, None]).square()).sum(1)))
+
+
+def centre(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """x - mean, and (2, B, groups) of mean and 1 / sqrt(var + eps), in the dtype of the statistics
 
     Two passes: E[x^2] - mean^2 loses every digit where the mean is large, and so does torch's group_norm of a
     channels_last tensor on CPU. Channel means are averaged, so no tensor is regrouped and the layout stays.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = over_group(x.mean((2, 3)), groups)
-    centred = x - mean
-    var = over_group((centred * centred).mean((2, 3)), groups)
-    return centred, mean, torch.rsqrt(var + eps)
+    pixels = max(x.shape[2] * x.shape[3], 1)
+    mean = (x.sum((2, 3)) / pixels).unflatten(1, (groups, -1)).mean(2)
+    centred = x - spread(mean, x)
+    var = ((centred * centred).sum((2, 3)) / pixels).unflatten(1, (groups, -1)).mean(2)
+    return centred, torch.stack((mean, torch.rsqrt(var + eps)))
 
 
-def over_group(per_channel: Tensor, groups: int) -> Tensor:
-    b, c = per_channel.shape
-    grouped = per_channel.view(b, groups, c // groups)
-    return grouped.mean(2, keepdim=True).expand_as(grouped).reshape(b, c, 1, 1)
+def spread(per_group: Tensor, x: Tensor) -> Tensor:
+    """(B, C, 1, 1) of (B, groups), for the channels of x"""
+    return per_group.repeat_interleave(x.shape[1] // max(per_group.shape[1], 1), 1)[..., None, None]
 
 
 def modulated_affine(
@@ -34,13 +65,25 @@ def modulated_affine(
 ) -> tuple[Tensor, Tensor]:
     """(gain, offset) with gain * normalised + offset = (weight * normalised + bias) * (1 + scale) + shift
 
-    Both (B, C, 1, 1) in dtype, or (1, C, 1, 1) without modulation.
+    Both (ROWS, C, 1, 1) in dtype, or (1, C, 1, 1) without modulation.
     """
     gain, offset = weight.to(dtype)[None], bias.to(dtype)[None]
     if scale is not None and shift is not None:
         modulation = 1 + scale.to(dtype)
         gain, offset = gain * modulation, offset * modulation + shift.to(dtype)
     return gain[..., None, None], offset[..., None, None]
+
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """Row b of the result is row b of x, or b - B from row B on; rows in [B, 2B]"""
+    return x if rows == len(x) else torch.cat((x, x[: rows - len(x)]))
+
+
+def resampled(x: Tensor, resample: str | None) -> Tensor:
+    """x, its 2 x 2 averages ("down"), or each pixel four times ("up")"""
+    if resample == "down":
+        return F.avg_pool2d(x, 2)
+    return x if resample is None else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def ada_group_norm(
@@ -53,17 +96,26 @@ def ada_group_norm(
     groups: int,
     eps: float = 1e-5,
     silu: bool = True,
+    x2: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    resample: str | None = None,
 ) -> Tensor:
-    """y = silu((GroupNorm(x) * weight + bias) * (1 + scale[b, c]) + shift[b, c])
+    """y = resample(silu((GroupNorm([x, x2] + x_bias) * weight + bias) * (1 + scale[b, c]) + shift[b, c]))
 
-    Layout:    x, y (B, C, H, W), y in the layout of x; weight, bias (C,); scale, shift (B, C), both or neither.
+    Layout:    x, x2 (B, C1, H, W), (B, C2, H, W); weight, bias, x_bias (C,); scale, shift (ROWS, C), both or neither,
+               ROWS in [B, 2B]: row b of y comes from row b of x, or b - B from row B on. y in the layout of x.
     Precision: any float in; statistics by two passes and affine in fp32 (fp64 for fp64 x); one rounding at the end.
     Reference: Wu & He, 1803.08494, section 3; Dhariwal & Nichol, 2105.05233, section 3.1 (AdaGN)
     """
-    centred, _, rstd = centre(x, groups, eps)
-    gain, offset = modulated_affine(weight, bias, scale, shift, centred.dtype)
-    y = centred * (rstd * gain) + offset
-    return (F.silu(y) if silu else y).to(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    whole = (x if x2 is None else torch.cat((x, x2), 1)).to(dtype)
+    if x_bias is not None:
+        whole = whole + x_bias.to(dtype)[:, None, None]
+    centred, (_, rstd) = centre(whole, groups, eps)
+    gain, offset = modulated_affine(weight, bias, scale, shift, dtype)
+    normalised = centred * spread(rstd, whole)
+    y = repeat_rows(normalised, len(normalised) if scale is None else len(scale)) * gain + offset
+    return resampled(F.silu(y) if silu else y, resample).to(x.dtype)
 
 
 def guided_step(
@@ -200,3 +252,86 @@ def _cos_sin(m: Tensor) -> tuple[Tensor, Tensor]:
 def load_row(table: Tensor, times: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(table[counter], times[counter] as (1,), counter + 1); an index of shape (1,) needs no host read"""
     return table.index_select(0, counter)[0], times.index_select(0, counter), counter + 1
+
+
+def chunk_statistics(x: Tensor, chunks: int) -> Tensor:
+    """(2, B, chunks, C): mean, and M2 = sum of (x - mean)^2, of each channel over each chunk of pixels
+
+    Chunk k is the row-major pixels [k P, min((k + 1) P, H W)), P = ceil(H W / chunks); an empty one holds zeros.
+    Layout:    x (B, C, H, W).
+    Precision: any float in; two passes in fp32 (fp64 for fp64 x).
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    pixels = x.shape[2] * x.shape[3]
+    size = -(-pixels // chunks)
+    parts = F.pad(x.flatten(2), (0, chunks * size - pixels)).unflatten(2, (chunks, size))  # (B, C, chunks, P)
+    inside = torch.arange(chunks * size, device=x.device).view(chunks, size) < pixels
+    mean = parts.sum(3) / inside.sum(1).clamp(min=1)
+    # selected before the square, or lanes outside would add mean^2
+    deviation = torch.where(inside, parts - mean[..., None], 0)
+    return torch.stack((mean, deviation.square().sum(3))).transpose(2, 3).contiguous()
+
+
+def nearest_2x(x: Tensor) -> Tensor:
+    """(B, C, 2H, 2W), every pixel four times; channels_last whatever the layout of x"""
+    b, c, height, width = x.shape
+    cells = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, height, 2, width, 2, c)
+    return cells.reshape(b, 2 * height, 2 * width, c).permute(0, 3, 1, 2)
+
+
+def sum_2x2(x: Tensor) -> Tensor:
+    """(B, C, H / 2, W / 2), the sum of every 2 x 2 pixels"""
+    top, bottom = x[:, :, 0::2], x[:, :, 1::2]
+    return top[..., 0::2] + top[..., 1::2] + bottom[..., 0::2] + bottom[..., 1::2]
+
+
+def residual(
+    h: Tensor, bias: Tensor | None, skip: Tensor, *, resample: str | None = None, stats: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """(y, chunk_statistics of y or None), y = h + bias[c] + resample(skip)
+
+    Layout:    h, y (B, C, H, W); bias (C,); skip (B, C, H, W), (B, C, 2H, 2W) averaged 2 x 2 for resample="down", or
+               (B, C, H / 2, W / 2) repeated 2 x 2 for resample="up".
+    Precision: any float in; fp32 (fp64 for fp64 h), one rounding at the end; statistics of the rounded y.
+    Reference: Dhariwal & Nichol, 2105.05233, section 3 (residual blocks that resample)
+    """
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    y, branch = h.to(dtype), skip.to(dtype)
+    if resample == "down":
+        branch = sum_2x2(branch) * 0.25
+    elif resample == "up":
+        branch = nearest_2x(branch)
+    if bias is not None:
+        y = y + bias.to(dtype)[:, None, None]
+    y = (y + branch).to(h.dtype)
+    return y, chunk_statistics(y, num_chunks(h.shape[2] * h.shape[3])) if stats else None
+
+
+def q_sample(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    *,
+    prediction: str = "eps",
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x_t, target): x_t = alpha[b] * x0 + sigma[b] * eps, target = eps, v = alpha[b] * eps - sigma[b] * x0, or x0
+
+    A term whose coefficient is zero is not read: NaN in it does not leak.
+
+    Layout:    x0, noise (eps), x_t, target (B, C, H, W); alpha, sigma (B,).
+    Precision: any float in; fp32 (fp64 for fp64 x0); x_t rounded once to dtype, that of x0 unless given.
+    Reference: Ho et al., 2006.11239, eq. 4; Salimans & Ho, 2202.00512, appendix D (v)
+    """
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    clean, eps = x0.to(wide), noise.to(wide)
+    alpha, sigma = (value.to(wide)[:, None, None, None] for value in (alpha, sigma))
+    x_t = _term(alpha, clean) + _term(sigma, eps)
+    if prediction == "eps":
+        target = eps
+    elif prediction == "x0":
+        target = clean
+    else:
+        target = _term(alpha, eps) - _term(sigma, clean)
+    return x_t.to(x0.dtype if dtype is None else dtype), target

@@ -1,37 +1,16 @@
-"""Where a kernel's cases run: the reference and Triton's interpreter on a CPU, Triton on a GPU"""
+"""The place that a kernel's case runs in"""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
-
-from fastdiff_kernels._impl import HAS_TRITON, INTERPRETED
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """device and impl to pass to an op; the interpreter is slow, and truncates to bfloat16 where a GPU rounds"""
-
-    name: str
-    device: str
-    impl: str
-
-    @property
-    def interpreted(self) -> bool:
-        return self.name == "interpreter"
-
-
-REFERENCE = pytest.param(Place("reference", "cpu", "reference"), id="reference")
-INTERPRETER = pytest.param(
-    Place("interpreter", "cpu", "triton"),
-    id="interpreter",
-    marks=pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="triton is missing, or runs on a GPU here"),
-)
-GPU = pytest.param(Place("gpu", "cuda", "triton"), id="gpu", marks=pytest.mark.gpu)
+from places import GPU, INTERPRETER, REFERENCE, Place
 
 
 @pytest.fixture(params=[REFERENCE, INTERPRETER, GPU])
-def place(request: pytest.FixtureRequest) -> Place:
-    return request.param
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param.split:
+        from fastdiff_kernels.jit import ada_group_norm, ada_group_norm_backward
 
+        monkeypatch.setattr(ada_group_norm, "SLAB_ELEMENTS", 0)
+        monkeypatch.setattr(ada_group_norm_backward, "SLAB_ELEMENTS", 0)
+    return request.param

@@ -112,7 +112,7 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     op = draw((1, 4, 3, 3), torch.float64)
     x = op.pop("x").requires_grad_()
     (gradient,) = torch.autograd.grad(ada_group_norm(x, **op, groups=2).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         gradient.sum().backward()
 
 
@@ -249,7 +249,7 @@ ERRORS = {
     "weight_none": ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
     "weight_shape": ({"weight": torch.ones(5)}, ValueError, r"weight must have shape \(6,\), got \(5,\)"),
     "bias_shape": ({"bias": torch.ones(6, 1)}, ValueError, r"bias must have shape \(6,\), got \(6, 1\)"),
-    "scale_shape": ({"scale": torch.ones(6)}, ValueError, r"scale must have shape \(2, 6\), got \(6,\)"),
+    "scale_shape": ({"scale": torch.ones(6)}, ValueError, r"scale must have shape \(ROWS, 6\), got \(6,\)"),
     "shift_shape": ({"shift": torch.ones(1, 6)}, ValueError, r"shift must have shape \(2, 6\), got \(1, 6\)"),
     "scale_alone": ({"shift": None}, ValueError, "scale and shift must be given together"),
     "shift_alone": ({"scale": None}, ValueError, "scale and shift must be given together"),

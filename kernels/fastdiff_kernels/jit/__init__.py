@@ -1,1 +1,1 @@
-"""The Triton kernels and the plans of their launches; the only folder that imports triton, and imported only to launch"""
+"""The Triton kernels and the plans of their launches: the one folder that imports triton, loaded at the first launch"""

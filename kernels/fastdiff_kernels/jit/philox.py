@@ -76,9 +76,16 @@ def normals(index, draw, stream, seed):
 
 
 @triton.jit
-def _philox_kernel(
-    seeds_ptr, draw_ptr, draw_value, out_ptr, stream, count, NORMAL: tl.constexpr, BLOCK: tl.constexpr
-):
+def element_normals(element, draw, stream, seed):
+    """fp32 normals of int64 elements (...), each drawn alone: for tiles that own no whole counters, 4 calls for 1"""
+    w0, w1, w2, w3 = philox_words((element >> 2).to(tl.uint32), draw, stream, seed)
+    late = (element & 2) != 0
+    cos, sin = _cos_sin(tl.where(late, w3, w1))
+    return _radius(tl.where(late, w2, w0)) * tl.where((element & 1) != 0, sin, cos)
+
+
+@triton.jit
+def _philox_kernel(seeds_ptr, draw_ptr, draw_value, out_ptr, stream, count, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
     """out[n, 4 i + j] = word j of counter (i, draw, stream, 0) under seeds[n], or the normal it gives
 
     Layout:    seeds int64 (N,); draw int64 (1,) or draw_value; out (N, count) row-major, int64 or a float.
