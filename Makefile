@@ -1,10 +1,10 @@
-# make sample | test | check | digits | bench | gpu; each sets up .venv first, once
+# make sample | test | check | digits | bench | gpu | tune; each sets up .venv first, once
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup sample test check digits evaluate bench gpu wheel
+.PHONY: setup sample test check digits evaluate bench gpu gpu-tests gpu-bench tune wheel
 
 setup: .venv/ready
 
@@ -42,12 +42,27 @@ evaluate: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q
 
-# needs no install: torch, numpy, safetensors, pillow, tqdm, pytest and pytest-benchmark, and a GPU; where there is no git,
-# COMMIT=... and STATE=clean or dirty say what is measured
-gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/test_gpu.py
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest benchmarks -q --device cuda \
-		$(if $(COMMIT),--commit $(COMMIT)) $(if $(STATE),--state $(STATE))
+# gpu and tune need no install: torch, triton, numpy, safetensors, pillow, tqdm, pytest and pytest-benchmark, and a GPU;
+# where there is no git, COMMIT=... and STATE=clean or dirty say what is measured. A shard is a part of the cases' ids
+# that ends within ten minutes; what has rows in OUT already is left out.
+OUT ?= benchmarks/results
+ON_GPU = PYTHONPATH=.:kernels $(PYTHON) -m
+ORIGIN = $(if $(COMMIT),--commit $(COMMIT)) $(if $(STATE),--state $(STATE))
+SHARDS ?= bench_sampler guided_step- q_sample- philox- residual-adm64 residual-adm256 backward-adm64 backward-adm256 \
+	$(foreach network,adm64 adm256,$(foreach batch,b16 b2 b128,$(foreach op,norm fused,$(op)-$(network)-$(batch)-)))
+gpu: gpu-tests gpu-bench
+
+gpu-tests:
+	$(ON_GPU) pytest -m gpu tests/test_gpu.py tests/kernels
+
+gpu-bench:
+	@status=0; for shard in $(SHARDS); do echo "$$shard"; \
+		$(ON_GPU) pytest benchmarks -q --device cuda --results "$(OUT)" --resume -k "$$shard" $(ORIGIN) || status=1; \
+	done; exit $$status
+
+# make tune TUNE="--only adm64-b16- --budget 500"
+tune:
+	$(ON_GPU) benchmarks.tune $(ORIGIN) $(TUNE)
 
 wheel: setup
 	$(BIN)/python .ci/wheel.py

@@ -60,7 +60,7 @@ def _triton() -> str:
     try:
         return _version("triton")
     except ImportError:
-        return "absent; the reference kernels need none"
+        return "absent; a GPU runs the slower reference kernels"
 
 
 def _cpu() -> str:
@@ -91,8 +91,10 @@ def _gpu() -> str:
 
 def _kernels() -> str:
     import fastdiff_kernels
+    from fastdiff_kernels._impl import HAS_TRITON
 
-    return f"fastdiff_kernels {fastdiff_kernels.__version__}, reference (PyTorch)"
+    on_gpu = "Triton on a GPU, reference (PyTorch) elsewhere" if HAS_TRITON else "reference (PyTorch): no Triton"
+    return f"fastdiff_kernels {fastdiff_kernels.__version__}, {on_gpu}"
 
 
 def _device(device: str | None) -> str:

@@ -303,7 +303,7 @@ def test_doctor_finds_a_sound_machine_sound(tiny: str, capsys: pytest.CaptureFix
     assert list(said) == names.split()
     assert (said["torch"], said["numpy"]) == (torch.__version__, np.__version__)
     assert f"{torch.get_num_threads()} threads" in said["cpu"]
-    assert said["kernels"].endswith("reference (PyTorch)") and "verified" in said["model"]
+    assert "reference (PyTorch)" in said["kernels"] and "verified" in said["model"]
 
 
 def test_doctor_reports_a_damaged_model(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,40 +184,17 @@ _backward_op = torch.library.custom_op("fastdiff_kernels::ada_group_norm_backwar
 
 @_op.register_fake
 def _(
-    x: Tensor,
-    x2: Tensor | None,
-    x_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    stats: Tensor | None,
-    stats2: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    resample: str | None,
-    impl: str,
+    x: Tensor, x2: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    groups, _eps, _silu, resample, _impl = rest[-5:]
     return _outputs(x, x2, scale, groups, resample)
 
 
 @_backward_op.register_fake
 def _(
-    g: Tensor,
-    x: Tensor,
-    x2: Tensor | None,
-    x_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    moments: Tensor,
-    silu: bool,
-    resample: str | None,
-    need_dx: bool,
-    impl: str,
+    g: Tensor, x: Tensor, x2: Tensor | None, x_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moments, _silu, _resample, need_dx, _impl = rest[-5:]
     c = x.shape[1] + (0 if x2 is None else x2.shape[1])
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dx2 = torch.empty_like(x2) if need_dx and x2 is not None else x.new_empty(0)
@@ -302,27 +279,6 @@ def ada_group_norm(
     impl: "auto" (Triton on a GPU where triton is installed), "triton" or "reference".
     Raises ValueError for a shape, device or option that does not fit, TypeError for a dtype: nothing is cast.
     """
-    _check(x, weight, bias, scale, shift, groups, eps, x2, x_bias, resample, stats, stats2)
-    check_impl(impl, x)
-    run = _forward if plain(x, x2, x_bias, weight, bias, scale, shift, stats, stats2) else _op
-    operands = (x, x2, x_bias, weight, bias, scale, shift, stats, stats2)
-    return run(*operands, groups, eps, silu, resample, impl)[0]
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    x2: Tensor | None,
-    x_bias: Tensor | None,
-    resample: str | None,
-    stats: Tensor | None,
-    stats2: Tensor | None,
-) -> None:
     check_shape("x", x, ("B", "C", "H", "W"))
     check_dtype("x", x, FLOATS)
     b, c1, height, width = x.shape
@@ -349,14 +305,14 @@ def _check(
         rows = scale.shape[0]
         if not b <= rows <= 2 * b:
             raise ValueError(f"scale must have B to 2B rows, B = {b} of x, got {rows}")
-    operands: list[tuple[str, Any, tuple[int, ...]]] = [
+    vectors: list[tuple[str, Any, tuple[int, ...]]] = [
         ("weight", weight, (c,)),
         ("bias", bias, (c,)),
         ("x_bias", x_bias, (c,)),
         ("scale", scale, (rows, c)),
         ("shift", shift, (rows, c)),
     ]
-    for name, value, shape in operands:
+    for name, value, shape in vectors:
         if value is not None or name in ("weight", "bias"):
             check_shape(name, value, shape)
             check_dtype(name, value, (x.dtype, torch.float32))
@@ -371,3 +327,8 @@ def _check(
         check_shape(name, part, (2, b, "CHUNKS", channels), "see reference.chunk_statistics")
         check_dtype(name, part, (torch.float32, torch.promote_types(x.dtype, torch.float32)))
         check_device(name, part, x.device)
+
+    check_impl(impl, x)
+    run = _forward if plain(x, x2, x_bias, weight, bias, scale, shift, stats, stats2) else _op
+    operands = (x, x2, x_bias, weight, bias, scale, shift, stats, stats2)
+    return run(*operands, groups, eps, silu, resample, impl)[0]

@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import reference
 from ._checks import FLOATS, check_device, check_dtype, check_shape, check_writable
+from ._impl import check_impl, plain, uses_triton
 from .philox import STREAM_STEP, check_seeds
 
 COEFS = (
@@ -14,9 +16,56 @@ COEFS = (
     *("log_beta", "log_beta_tilde"),
 )
 NUM_COEFS = len(COEFS)
+STATE_DTYPES = (torch.float32,)
 
 
-@torch.no_grad()
+def _guided_step(
+    x: Tensor,
+    out: Tensor,
+    coefs: Tensor,
+    w: Tensor | None,
+    x_net: Tensor | None,
+    x0: Tensor | None,
+    hist: Tensor | None,
+    grad: Tensor | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    draw: Tensor | None,
+    learned: bool,
+    impl: str,
+) -> None:
+    if uses_triton(impl, x, STATE_DTYPES):
+        from .jit.guided_step import plan_guided_step
+
+        plan_guided_step(
+            x, out, coefs, w,
+            x_net=x_net, x0=x0, hist=hist, grad=grad, noise=noise, seeds=seeds, draw=draw, learned=learned,
+        ).launch()  # fmt: skip
+        # a launch is nothing that autograd sees
+        increment_version([tensor for tensor in (x, x_net, x0, hist) if tensor is not None])
+        return
+    n = len(x)
+    if seeds is not None and draw is not None:
+        noise = reference.philox_normal(seeds, x.shape[1:], draw=draw, stream=STREAM_STEP, dtype=x.dtype)
+    x_next, x0_next, hist_next = reference.guided_step(
+        x, out, coefs, w, noise=noise, hist=hist, grad=grad, learned=learned
+    )
+    x.copy_(x_next)
+    if x0 is not None:
+        x0.copy_(x0_next)
+    if hist is not None and hist_next is not None:
+        hist.copy_(hist_next)
+    if x_net is not None:
+        x_net[:n].copy_(x_next)
+        x_net[n:].copy_(x_next[: len(x_net) - n])
+
+
+_guided_step_op = torch.library.custom_op(
+    "fastdiff_kernels::guided_step", _guided_step, mutates_args=("x", "x_net", "x0", "hist")
+)
+_guided_step_op.register_fake(lambda *args: None)
+
+
 def guided_step(
     x: Tensor,
     out: Tensor,
@@ -31,6 +80,7 @@ def guided_step(
     seeds: Tensor | None = None,
     draw: Tensor | None = None,
     learned: bool = False,
+    impl: str = "auto",
 ) -> None:
     """Writes the next state into x, and where given the history into hist, the prediction into x0, and into x_net
     the network's next input
@@ -53,6 +103,7 @@ def guided_step(
                No two buffers may overlap.
     Precision: x float32 or float64 and coefs, w, x0, hist, grad, noise like it; out of that dtype or a narrower one,
                cast up first; x_net any float, rounded once.
+               Triton, which impl="auto" takes on a GPU and impl="triton" demands, holds the state in float32 alone.
     Traffic:   each tensor once
     Reference: reference.guided_step
 
@@ -109,16 +160,13 @@ def guided_step(
         if value is not None:
             check_writable(name, value)
 
-    if seeds is not None and draw is not None:
-        noise = reference.philox_normal(seeds, (c, height, width), draw=draw, stream=STREAM_STEP, dtype=x.dtype)
-    x_next, x0_next, hist_next = reference.guided_step(
-        x, out, coefs, w, noise=noise, hist=hist, grad=grad, learned=learned
-    )
-    x.copy_(x_next)
-    if x0 is not None:
-        x0.copy_(x0_next)
-    if hist is not None and hist_next is not None:
-        hist.copy_(hist_next)
-    if x_net is not None:
-        x_net[:n].copy_(x_next)
-        x_net[n:].copy_(x_next[: x_net.shape[0] - n])
+    check_impl(impl, x, "x", STATE_DTYPES)
+
+    tensors = (x, out, coefs, w, x_net, x0, hist, grad, noise, seeds, draw)
+    if torch.compiler.is_compiling():
+        # in place of torch.no_grad: torch.export refuses such a region where it returns nothing
+        _guided_step_op(*(None if tensor is None else tensor.detach() for tensor in tensors), learned, impl)
+        return
+    with torch.no_grad():
+        run = _guided_step if plain(*tensors) else _guided_step_op
+        run(*tensors, learned, impl)

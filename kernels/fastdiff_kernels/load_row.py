@@ -2,22 +2,50 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import reference
 from ._checks import FLOATS, check_device, check_dtype, check_shape, check_writable
+from ._impl import check_impl, plain, uses_triton
 from .guided_step import NUM_COEFS
 
+ROW_DTYPES = (torch.float32,)
 
-@torch.no_grad()
-def load_row(table: Tensor, times: Tensor, counter: Tensor, coefs: Tensor, t: Tensor, draw: Tensor) -> None:
+
+def _load_row(table: Tensor, times: Tensor, counter: Tensor, coefs: Tensor, t: Tensor, draw: Tensor, impl: str) -> None:
+    if times.dtype in ROW_DTYPES and uses_triton(impl, table, ROW_DTYPES):
+        from .jit.load_row import plan_load_row
+
+        plan_load_row(table, times, counter, coefs, t, draw).launch()
+        # a launch is nothing that autograd sees
+        increment_version((coefs, t, draw, counter))
+        return
+    row, time, counter_next = reference.load_row(table, times, counter)
+    coefs.copy_(row)
+    t.copy_(time.expand_as(t))
+    draw.copy_(counter)
+    counter.copy_(counter_next)
+
+
+_load_row_op = torch.library.custom_op(
+    "fastdiff_kernels::load_row", _load_row, mutates_args=("counter", "coefs", "t", "draw")
+)
+_load_row_op.register_fake(lambda *args: None)
+
+
+def load_row(
+    table: Tensor, times: Tensor, counter: Tensor, coefs: Tensor, t: Tensor, draw: Tensor, *, impl: str = "auto"
+) -> None:
     """coefs = table[counter], t[:] = times[counter], draw = counter, then counter += 1, all in place
 
     Layout:    table (capacity, NUM_COEFS), coefs (NUM_COEFS,) of its dtype; times (capacity,), t (B,) of its dtype;
                counter, draw int64 (1,). The buffers must not overlap.
     Traffic:   one row; nothing is read on the host, so the launch can be captured and replayed.
+               Triton, which impl="auto" takes on a GPU and impl="triton" demands, holds table and times in float32.
     Reference: reference.load_row
 
-    A counter past the capacity is an IndexError on the CPU, with nothing written, and a device assertion on a GPU.
+    A counter outside the table is an IndexError on the CPU, with nothing written. Triton cannot raise: it reads nothing
+    outside the table and fills coefs and t with NaN, which shows in every image, while draw and counter move on.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype.
     """
     check_shape("table", table, ("capacity", NUM_COEFS))
@@ -35,9 +63,14 @@ def load_row(table: Tensor, times: Tensor, counter: Tensor, coefs: Tensor, t: Te
         check_device(name, tensor, table.device, like="table")
     check_writable("coefs", coefs)
     check_writable("t", t)
+    check_impl(impl, table, "table", ROW_DTYPES)
+    check_impl(impl, times, "times", ROW_DTYPES)
 
-    row, time, counter_next = reference.load_row(table, times, counter)
-    coefs.copy_(row)
-    t.copy_(time.expand_as(t))
-    draw.copy_(counter)
-    counter.copy_(counter_next)
+    tensors = (table, times, counter, coefs, t, draw)
+    if torch.compiler.is_compiling():
+        # in place of torch.no_grad: torch.export refuses such a region where it returns nothing
+        _load_row_op(*(tensor.detach() for tensor in tensors), impl)
+        return
+    with torch.no_grad():
+        run = _load_row if plain(*tensors) else _load_row_op
+        run(*tensors, impl)

@@ -29,7 +29,13 @@ def check_seeds(seeds: Tensor, n: int | str = "N") -> None:
 
 
 def _philox(
-    seeds: Tensor, shape: Sequence[int], draw: Tensor | None, draw_value: int, stream: int, dtype: torch.dtype, impl: str
+    seeds: Tensor,
+    shape: Sequence[int],
+    draw: Tensor | None,
+    draw_value: int,
+    stream: int,
+    dtype: torch.dtype,
+    impl: str,
 ) -> Tensor:
     """int64 for words, a float for normals; draw_value is read without draw"""
     draws = draw_value if draw is None else draw
@@ -40,8 +46,8 @@ def _philox(
         plan_philox(seeds, draws, stream, out).launch()
         return out
     if dtype == torch.int64:
-        return reference.philox_uint32(seeds, shape, draw=draws, stream=stream)
-    return reference.philox_normal(seeds, shape, draw=draws, stream=stream, dtype=dtype)
+        return reference.philox_uint32(seeds, shape, draw=draws, stream=stream).contiguous()
+    return reference.philox_normal(seeds, shape, draw=draws, stream=stream, dtype=dtype).contiguous()
 
 
 _philox_op = torch.library.custom_op("fastdiff_kernels::philox", _philox, mutates_args=())
@@ -49,7 +55,13 @@ _philox_op = torch.library.custom_op("fastdiff_kernels::philox", _philox, mutate
 
 @_philox_op.register_fake
 def _(
-    seeds: Tensor, shape: Sequence[int], draw: Tensor | None, draw_value: int, stream: int, dtype: torch.dtype, impl: str
+    seeds: Tensor,
+    shape: Sequence[int],
+    draw: Tensor | None,
+    draw_value: int,
+    stream: int,
+    dtype: torch.dtype,
+    impl: str,
 ) -> Tensor:
     return seeds.new_empty((len(seeds), *shape), dtype=dtype)
 

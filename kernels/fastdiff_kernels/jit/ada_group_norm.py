@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._plan import Plan
 from .._tuning import power_of_two, settings
-from .norm import Norm, affine, load_slab, moments_at, over_groups, slab_channels, slab_fits
+from .norm import Norm, affine, channels_of, load_slab, moments_at, over_groups, slab_channels, slab_fits
 from .statistics import new_statistics, plan_fold, plan_statistics
 from .tile import address, addresses, flat, grid_offset, pixel_offset, silu, vector
 
@@ -35,20 +35,15 @@ def _apply_kernel(
     Traffic:   1 read of x, 1 write of y
     Reference: reference.ada_group_norm
     """
-    BLOCKS_1: tl.constexpr = tl.cdiv(C1, BLOCK_C)
-    BLOCKS_C: tl.constexpr = BLOCKS_1 + tl.cdiv(C2, BLOCK_C)
+    BLOCKS_C: tl.constexpr = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
     DOWN: tl.constexpr = RESAMPLE == "down"
     W_TILE = W // 2 if DOWN else W
     pixels = (H // 2) * (W // 2) if DOWN else H * W
     blocks_p = tl.cdiv(pixels, BLOCK_P)
     pid = tl.program_id(0)
-    block_c = pid % BLOCKS_C
     p = (pid // BLOCKS_C) % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
     n = (pid // BLOCKS_C // blocks_p).to(tl.int64)
-    second = block_c >= BLOCKS_1
-    c_in = (block_c - second.to(tl.int32) * BLOCKS_1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = c_in + second.to(tl.int32) * C1
-    mask_c = c_in < tl.where(second, C2, C1)
+    second, c_in, c, mask_c = channels_of(pid % BLOCKS_C, C1, C2, BLOCK_C)
     mask = (p < pixels)[:, None] & mask_c[None, :]
     h = p // W_TILE
     w = p % W_TILE
@@ -211,7 +206,10 @@ def plan_ada_group_norm(
 def _plan_apply(norm: Norm, y: Tensor, moments: Tensor) -> Plan:
     vec = vector(norm.x, norm.x2, y)
     pixels = norm.pixels // (4 if norm.resample == "down" else 1)
+    # every program reads the small vectors: larger ones where there are enough
     rule = {"BLOCK_P": 64, "BLOCK_C": norm.block_c, "num_warps": 4}
+    if pixels >= 64 * 64:
+        rule |= {"BLOCK_P": 128, "num_warps": 8}
     s = settings("apply", norm.x.device, norm.b, norm.channels, pixels, norm.x.dtype, **rule)
     return Plan(
         kernel=_apply_kernel,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._plan import Plan
 from .._tuning import num_chunks, power_of_two, settings
-from .norm import Norm, affine, block_of_both, load_slab, moments_at, over_groups, slab_channels, slab_fits
+from .norm import Norm, affine, block_of_both, channels_of, load_slab, moments_at, over_groups, slab_channels, slab_fits
 from .statistics import fold_block
 from .tile import address, addresses, flat, grid_offset, pixel_offset, vector
 
@@ -88,16 +88,11 @@ def _sums_kernel(
     Reference: the gradient of reference.ada_group_norm
     """
     C: tl.constexpr = C1 + C2
-    BLOCKS_1: tl.constexpr = tl.cdiv(C1, BLOCK_C)
-    BLOCKS_C: tl.constexpr = BLOCKS_1 + tl.cdiv(C2, BLOCK_C)
+    BLOCKS_C: tl.constexpr = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
     pid = tl.program_id(0)
-    block_c = pid % BLOCKS_C
     chunk = (pid // BLOCKS_C) % CHUNKS
     n = (pid // BLOCKS_C // CHUNKS).to(tl.int64)
-    second = block_c >= BLOCKS_1
-    c_in = (block_c - second.to(tl.int32) * BLOCKS_1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = c_in + second.to(tl.int32) * C1
-    mask_c = c_in < tl.where(second, C2, C1)
+    second, c_in, c, mask_c = channels_of(pid % BLOCKS_C, C1, C2, BLOCK_C)
     P = tl.cdiv(H * W, CHUNKS)
     end = tl.minimum((chunk + 1) * P, H * W)
     mean, rstd = moments_at(moments_ptr, x_bias_ptr, n, B, c, mask_c, C // CPG, CPG)
@@ -192,17 +187,12 @@ def _dx_kernel(
     Reference: the gradient of reference.ada_group_norm
     """
     C: tl.constexpr = C1 + C2
-    BLOCKS_1: tl.constexpr = tl.cdiv(C1, BLOCK_C)
-    BLOCKS_C: tl.constexpr = BLOCKS_1 + tl.cdiv(C2, BLOCK_C)
+    BLOCKS_C: tl.constexpr = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
     blocks_p = tl.cdiv(H * W, BLOCK_P)
     pid = tl.program_id(0)
-    block_c = pid % BLOCKS_C
     p = (pid // BLOCKS_C) % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
     n = (pid // BLOCKS_C // blocks_p).to(tl.int64)
-    second = block_c >= BLOCKS_1
-    c_in = (block_c - second.to(tl.int32) * BLOCKS_1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = c_in + second.to(tl.int32) * C1
-    mask_c = c_in < tl.where(second, C2, C1)
+    second, c_in, c, mask_c = channels_of(pid % BLOCKS_C, C1, C2, BLOCK_C)
     mask = (p < H * W)[:, None] & mask_c[None, :]
     mean, rstd = moments_at(moments_ptr, x_bias_ptr, n, B, c, mask_c, C // CPG, CPG)
     mean_g = tl.load(means_ptr + n * (C // CPG) + c // CPG, mask_c, 0.0)
@@ -361,8 +351,8 @@ def plan_ada_group_norm_backward(
     chunks = num_chunks(norm.pixels)
     parts = torch.empty((2, norm.rows, chunks, norm.channels), dtype=torch.float32, device=x.device)
     means = torch.empty((2, norm.b, groups), dtype=torch.float32, device=x.device)
-    # four loads of the gradient a pixel need registers
-    rule = {"BLOCK_P": 32 if resample == "up" else 64, "BLOCK_C": norm.block_c, "num_warps": 4}
+    # four loads of the gradient a pixel, or two rows of it, need registers
+    rule = {"BLOCK_P": 32 if resample == "up" or norm.rows > norm.b else 64, "BLOCK_C": norm.block_c, "num_warps": 4}
     s = settings("sums", *shape, **rule)
     plans = [
         Plan(

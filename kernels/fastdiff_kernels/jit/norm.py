@@ -51,6 +51,18 @@ def over_groups(v, lane, SLAB: tl.constexpr, CPG: tl.constexpr):
 
 
 @triton.jit
+def channels_of(block, C1: tl.constexpr, C2: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Whether a block of channels lies in the second tensor, its channels there and of both, and which exist
+
+    The blocks of the first tensor come first, so that none belongs to both.
+    """
+    BLOCKS_1: tl.constexpr = tl.cdiv(C1, BLOCK_C)
+    second = block >= BLOCKS_1
+    c_in = (block - second.to(tl.int32) * BLOCKS_1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return second, c_in, c_in + second.to(tl.int32) * C1, c_in < tl.where(second, C2, C1)
+
+
+@triton.jit
 def load_slab(
     x_ptr, x_stride_b, x_stride_h, x_stride_w, x_stride_c,
     x2_ptr, x2_stride_b, x2_stride_h, x2_stride_w, x2_stride_c,

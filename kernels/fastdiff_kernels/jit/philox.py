@@ -19,7 +19,7 @@ def philox_words(index, draw, stream, seed):
     Reference: reference.philox4x32
     """
     zero = index * 0
-    return tl.philox(seed, index, zero + draw.to(tl.uint32), zero + stream, zero)
+    return tl.philox(seed, index, zero + draw.to(tl.uint32), (zero + stream).to(tl.uint32), zero)
 
 
 @triton.jit
@@ -85,8 +85,11 @@ def element_normals(element, draw, stream, seed):
 
 
 @triton.jit
-def _philox_kernel(seeds_ptr, draw_ptr, draw_value, out_ptr, stream, count, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
-    """out[n, 4 i + j] = word j of counter (i, draw, stream, 0) under seeds[n], or the normal it gives
+def _philox_kernel(
+    seeds_ptr, seeds_stride, draw_ptr, draw_value, out_ptr, stream_id, count,
+    NORMAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[n, 4 i + j] = word j of counter (i, draw, stream_id, 0) under seeds[n], or the normal it gives
 
     Layout:    seeds int64 (N,); draw int64 (1,) or draw_value; out (N, count) row-major, int64 or a float.
     Program:   (n, BLOCK counters), 4 * BLOCK elements
@@ -97,16 +100,16 @@ def _philox_kernel(seeds_ptr, draw_ptr, draw_value, out_ptr, stream, count, NORM
     blocks = tl.cdiv(count, 4 * BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks) * BLOCK
-    seed = tl.load(seeds_ptr + n)
+    seed = tl.load(seeds_ptr + n * seeds_stride)
     if draw_ptr is not None:
         draw = tl.load(draw_ptr)
     else:
         draw = tl.zeros((), tl.int64) + draw_value
     index = (start + tl.arange(0, BLOCK)).to(tl.uint32)
     if NORMAL:
-        values = normals(index, draw, stream, seed)
+        values = normals(index, draw, stream_id, seed)
     else:
-        w0, w1, w2, w3 = philox_words(index, draw, stream, seed)
+        w0, w1, w2, w3 = philox_words(index, draw, stream_id, seed)
         values = quad(w0, w1, w2, w3)
     element = start.to(tl.int64) * 4 + tl.arange(0, 4 * BLOCK)
     values = values.reshape(4 * BLOCK).to(out_ptr.dtype.element_ty)
@@ -122,10 +125,12 @@ def plan_philox(seeds: Tensor, draw: Tensor | int, stream: int, out: Tensor) -> 
         grid=(len(seeds) * triton.cdiv(count, 4 * block),),
         args={
             "seeds_ptr": seeds,
+            "seeds_stride": seeds.stride(0),
             "draw_ptr": draw if isinstance(draw, Tensor) else None,
             "draw_value": None if isinstance(draw, Tensor) else draw,
             "out_ptr": out,
-            "stream": stream,
+            # a launch takes a parameter named stream for an option of its own
+            "stream_id": stream,
             "count": count,
         },
         constexprs={"NORMAL": out.is_floating_point(), "BLOCK": block},

@@ -1,0 +1,554 @@
+"""residual against float64 formulas that share no code with it, and its statistics against loops over the chunks"""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from counting import counting
+from places import GPU, INTERPRETER, NO_INTERPRETER
+from torch import Tensor
+
+from fastdiff_kernels import reference, residual
+from fastdiff_kernels._tuning import num_chunks
+
+NAN = float("nan")
+KERNEL = pytest.mark.parametrize("place", [INTERPRETER, GPU])  # the reference has no plan
+BF16 = pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.gpu)
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16"), BF16]
+MANTISSA = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+SHAPES = [(2, 3, 4, 6), (1, 1, 8, 8), (2, 5, 2, 2), (2, 24, 8, 8), (1, 42, 16, 16)]
+ODD_SHAPES = [(2, 1, 3, 5), (2, 5, 7, 3), (3, 24, 3, 5), (1, 42, 1, 1), (1, 3, 65, 2)]
+FACTOR = {None: (1, 1), "down": (2, 1), "up": (1, 2)}
+RESAMPLE = pytest.mark.parametrize("resample", FACTOR, ids=["plain", "down", "up"])
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "batch_inside": lambda x: x.permute(1, 0, 3, 2).contiguous().permute(1, 0, 3, 2),
+    "batch_innermost": lambda x: x.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
+}
+OP = torch.ops.fastdiff_kernels.residual.default
+
+
+def draw(
+    shape, resample=None, dtype=torch.float32, *, layout="channels_last", seed=0, mean=0.0, device="cpu"
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    b, c, h, w = shape
+    times, part = FACTOR[resample]
+    shapes = {"h": shape, "bias": (c,), "skip": (b, c, h * times // part, w * times // part)}
+    operands = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in shapes.items()}
+    operands["h"] += mean
+    for name in ("h", "skip"):
+        operands[name] = LAYOUTS[layout](operands[name].to(dtype)).to(device)
+    operands["bias"] = operands["bias"].float().to(device)
+    return operands
+
+
+def upstream_of(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y)
+
+
+def formula(h: Tensor, bias: Tensor | None, skip: Tensor, resample: str | None) -> Tensor:
+    """In float64 by torch's own resampling"""
+    h, skip = h.double(), skip.double()
+    if resample == "down":
+        skip = F.avg_pool2d(skip, 2)
+    elif resample == "up":
+        skip = F.interpolate(skip, scale_factor=2.0, mode="nearest")
+    return h + skip if bias is None else h + bias.double()[None, :, None, None] + skip
+
+
+def by_chunk(y: Tensor, chunks: int) -> np.ndarray:
+    """(2, B, chunks, C) in NumPy, pixel lists cut by hand"""
+    pixels = y.detach().double().cpu().numpy().reshape(y.shape[0], y.shape[1], -1)
+    size = -(-pixels.shape[2] // chunks)
+    out = np.zeros((2, y.shape[0], chunks, y.shape[1]))
+    for k in range(chunks):
+        part = pixels[:, :, k * size : (k + 1) * size]
+        if part.shape[2]:
+            out[0, :, k], out[1, :, k] = part.mean(2), part.var(2) * part.shape[2]
+    return out
+
+
+def check_rounded(got: Tensor, want: Tensor, scale: float = 4.0) -> None:
+    """One rounding to got's dtype of an fp32 sum of terms as large as scale"""
+    room = 2.0 ** -MANTISSA[got.dtype] * want.abs() * 1.001 + 2.0**-24 + 4 * scale * 2.0**-24
+    assert got.shape == want.shape and ((got.double() - want).abs() <= room).all()
+
+
+def check_statistics(stats: Tensor, y: Tensor, rtol: float = 2e-6, scale: float = 4.0) -> None:
+    want = by_chunk(y, stats.shape[2])
+    got = stats.double().cpu().numpy()
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=rtol * scale)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=64 * (rtol * scale) ** 2 + 1e-6)
+
+
+@pytest.fixture
+def launch(place):
+    """Launches the plan itself, on tensors that the test owns"""
+    from fastdiff_kernels.jit.residual import plan_residual
+
+    return lambda *args: plan_residual(*args).launch()
+
+
+@RESAMPLE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_statistics(place, shape, dtype, resample):
+    op = draw(shape, resample, dtype, device=place.device)
+    y, stats = residual(**op, resample=resample, impl=place.impl)
+    assert y.dtype == dtype and y.stride() == op["h"].stride()
+    check_rounded(y, formula(**op, resample=resample))
+    chunks = num_chunks(shape[2] * shape[3])
+    assert stats.dtype == torch.float32 and stats.shape == (2, shape[0], chunks, shape[1])
+    check_statistics(stats, y)
+
+
+@pytest.mark.parametrize("resample", [None, "down"], ids=["plain", "down"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_odd_sizes(place, shape, dtype, resample):
+    op = draw(shape, resample, dtype, device=place.device)
+    y, stats = residual(**op, resample=resample, impl=place.impl)
+    check_rounded(y, formula(**op, resample=resample))
+    check_statistics(stats, y)
+
+
+@RESAMPLE
+def test_float64_stays_float64(resample):
+    op = draw((2, 6, 4, 4), resample, torch.float64)
+    y, stats = residual(**op, resample=resample)
+    assert y.dtype == stats.dtype == torch.float64
+    np.testing.assert_allclose(y, formula(**op, resample=resample), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(stats, by_chunk(y, 1), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_may_be_left_out_or_have_the_dtype_of_h(place, dtype):
+    op = draw((2, 5, 3, 5), None, dtype, device=place.device)
+    for bias in (None, op["bias"].to(dtype)):
+        y, _ = residual(op["h"], bias, op["skip"], impl=place.impl)
+        check_rounded(y, formula(op["h"], bias, op["skip"], None))
+
+
+@RESAMPLE
+def test_without_statistics_y_has_the_same_bits(place, resample):
+    op = draw((2, 5, 4, 6), resample, torch.float16, device=place.device)
+    y, stats = residual(**op, resample=resample, stats=False, impl=place.impl)
+    assert stats is None
+    assert torch.equal(y, residual(**op, resample=resample, impl=place.impl)[0])
+
+
+def test_statistics_are_of_the_rounded_y(place):
+    """fp16 holds even numbers only above 2048: the sum's own mean is 2050.5"""
+    h = torch.full((1, 8, 4, 4), 2048.0, dtype=torch.float16, device=place.device)
+    skip = torch.full_like(h, 2.5)
+    y, stats = residual(h, None, skip, impl=place.impl)
+    assert (y == 2050).all() and (stats[0] == 2050).all() and (stats[1] == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_a_mean_of_1e4_keeps_the_deviations(place, layout):
+    op = draw((2, 24, 16, 16), mean=1e4, layout=layout, device=place.device)
+    y, stats = residual(**op, impl=place.impl)
+    want = by_chunk(y, 4)
+    # sums of 64 values of 1e4 in fp32: a few units of 2^-10 in the mean, whose square is all that m2 sees
+    np.testing.assert_allclose(stats[0].cpu(), want[0], rtol=0, atol=1e-2)
+    np.testing.assert_allclose(stats[1].cpu(), want[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [1e15, -3e4, 0.1], ids=str)
+def test_a_constant_has_no_deviation(place, value):
+    h = torch.full((1, 24, 16, 16), value, device=place.device)
+    y, stats = residual(h, None, torch.zeros_like(h), impl=place.impl)
+    assert (y == h).all()
+    np.testing.assert_allclose(stats[0].cpu(), h[0, 0, 0, 0].item(), rtol=1e-6)
+    assert (stats[1] <= 64 * (1e-6 * value) ** 2).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 16, 16), (1, 3, 9, 15)], ids=str)
+def test_chunks_merge_to_the_statistics_of_the_whole(place, shape):
+    op = draw(shape, mean=3.0, device=place.device)
+    y, stats = residual(**op, impl=place.impl)
+    pixels, chunks = shape[2] * shape[3], stats.shape[2]
+    assert chunks > 1
+    size = -(-pixels // chunks)
+    count = torch.tensor([float(min(size, pixels - k * size)) for k in range(chunks)])[None, :, None]
+    assert count.sum() == pixels
+    mean, m2 = stats.double().cpu()
+    whole = (count * mean).sum(1) / pixels
+    total = m2.sum(1) + (count * (mean - whole[:, None]) ** 2).sum(1)
+    y = y.double().cpu()
+    np.testing.assert_allclose(whole, y.mean((2, 3)), atol=1e-6)
+    np.testing.assert_allclose(total / pixels, y.var((2, 3), correction=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("pixels,chunks", [(5, 4), (7, 3), (1, 5), (0, 2), (64, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_chunk_statistics_cut_the_pixels_as_documented(pixels, chunks, dtype):
+    x = torch.randn(2, 3, 1, pixels, dtype=dtype)
+    got = reference.chunk_statistics(x, chunks)
+    assert got.dtype == dtype and got.shape == (2, 2, chunks, 3)
+    np.testing.assert_allclose(got, by_chunk(x, chunks), rtol=1e-5, atol=1e-6)
+
+
+def test_chunk_statistics_of_fp16_are_fp32():
+    assert reference.chunk_statistics(torch.ones(1, 2, 3, 3).half(), 1).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "shape,chunks", [((1, 40, 15, 15), 1), ((2, 3, 5, 1), 4), ((1, 64, 13, 10), 2), ((1, 3, 2, 2), 64)], ids=str
+)
+@KERNEL
+def test_any_number_of_chunks_and_tiles_in_a_chunk(place, launch, shape, chunks):
+    op = draw(shape, mean=100.0, device=place.device)
+    y = torch.full_like(op["h"], NAN)
+    stats = torch.full((2, shape[0], chunks, shape[1]), NAN, device=place.device)
+    launch(op["h"], op["bias"], op["skip"], y, stats, None)
+    check_rounded(y, formula(**op, resample=None), scale=128)
+    want = by_chunk(y, chunks)
+    np.testing.assert_allclose(stats[0].cpu(), want[0], rtol=3e-7)
+    np.testing.assert_allclose(stats[1].cpu(), want[1], rtol=2e-5, atol=1e-7)
+
+
+@RESAMPLE
+def test_every_output_is_written(place, monkeypatch, resample):
+    op = draw((2, 5, 6, 4), resample, device=place.device)
+    want = residual(**op, resample=resample, impl=place.impl)
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, real=real, **kwargs: real(*args, **kwargs).fill_(NAN))
+    assert torch.empty(1).isnan()
+    got = residual(**op, resample=resample, impl=place.impl)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@NO_INTERPRETER
+@RESAMPLE
+def test_the_traffic_is_each_tensor_once(resample):
+    op = draw((2, 24, 12, 8), resample)  # a chunk is 6 whole rows
+    with counting() as counts:
+        y, stats = residual(**op, resample=resample, impl="triton")
+    (count,) = counts
+    moved = {name: op[name].numel() * 4 for name in ("h", "skip")}
+    assert {name: count.loads[f"{name}_ptr"] for name in moved} == moved
+    assert count.stores == {"y_ptr": y.numel() * 4, "stats_ptr": stats.numel() * 4}
+
+
+@RESAMPLE
+def test_twice_the_same_bits_and_alone_as_in_a_batch(place, resample):
+    op = draw((3, 24, 8, 8), resample, device=place.device)
+    first = residual(**op, resample=resample, impl=place.impl)
+    second = residual(**op, resample=resample, impl=place.impl)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    y, stats = residual(op["h"][1:2], op["bias"], op["skip"][1:2], resample=resample, impl=place.impl)
+    assert torch.equal(y, first[0][1:2])
+    if place.impl == "triton":
+        assert torch.equal(stats, first[1][:, 1:2])
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("where", ["h", "skip"])
+def test_a_bad_value_stays_in_its_pixel_and_its_channel(place, where, bad):
+    op = draw((3, 5, 16, 8), device=place.device)
+    y, stats = residual(**op, impl=place.impl)
+    op[where][1, 3, 15, 2] = bad
+    dirty, dirty_stats = residual(**op, impl=place.impl)
+    assert not dirty[1, 3, 15, 2].isfinite() and (~dirty.isfinite()).sum() == 1
+    assert torch.equal(dirty[[0, 2]], y[[0, 2]])
+    hit = torch.zeros_like(stats, dtype=torch.bool)
+    hit[:, 1, 1, 3] = True  # the second of two chunks
+    assert not dirty_stats[hit].isfinite().any()
+    assert torch.equal(dirty_stats[~hit], stats[~hit])
+
+
+@RESAMPLE
+@pytest.mark.parametrize("skip_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_y_has_the_layout_of_h_whatever_that_of_skip(place, layout, skip_layout, resample):
+    op = draw((3, 6, 4, 2), resample, layout=layout, device=place.device)
+    op["skip"] = LAYOUTS[skip_layout](op["skip"])
+    y, stats = residual(**op, resample=resample, impl=place.impl)
+    assert y.stride() == op["h"].stride()
+    check_rounded(y, formula(**op, resample=resample))
+    check_statistics(stats, y)
+
+
+@RESAMPLE
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_views_are_read_within_their_bounds_and_left_alone(place, layout, resample):
+    op = draw((2, 6, 4, 4), resample, layout="contiguous", device=place.device)
+    views, bases = {}, {}
+    for name in ("h", "skip"):
+        b, c, h, w = op[name].shape
+        bases[name] = LAYOUTS[layout](torch.full((b + 2, c + 2, h + 3, 2 * w + 3), NAN, device=place.device))
+        views[name] = bases[name][1:-1, 1:-1, 2:-1, 2:-1:2]
+        views[name].copy_(op[name])
+    row = torch.full((15,), NAN, device=place.device)
+    views["bias"] = row[2:14:2]
+    views["bias"].copy_(op["bias"])
+    before = {name: base.clone() for name, base in bases.items()}
+    y, stats = residual(**views, resample=resample, impl=place.impl)
+    assert y.stride() == torch.empty_like(views["h"]).stride()
+    check_rounded(y, formula(**op, resample=resample))
+    check_statistics(stats, y)
+    assert all(torch.equal(bases[name].nan_to_num(7), before[name].nan_to_num(7)) for name in bases)
+
+
+def test_an_unaligned_base(place):
+    """Views that start one element after a 16-byte boundary"""
+    op = draw((2, 24, 3, 5), dtype=torch.float16, device=place.device)
+    for name in ("h", "skip"):
+        memory = torch.empty(op[name].numel() + 1, dtype=torch.float16, device=place.device)
+        view = memory[1:].as_strided(op[name].shape, op[name].stride(), 1)
+        op[name] = view.copy_(op[name])
+    check_rounded(residual(**op, impl=place.impl)[0], formula(**op, resample=None))
+
+
+def test_expanded_inputs(place):
+    op = draw((1, 6, 3, 3), device=place.device)
+    op["h"] = op["h"].expand(4, 6, 3, 3)
+    op["skip"] = op["skip"][:, :, :1].expand(4, 6, 3, 3)
+    op["bias"] = op["bias"][:1].expand(6)
+    y, stats = residual(**op, impl=place.impl)
+    check_rounded(y, formula(**op, resample=None))
+    assert torch.equal(stats, stats[:, :1].expand_as(stats))
+    # strides of an expanded h leave the order of dimensions open: still h's own, not skip's
+    h, skip = op["h"][:, :1].expand(4, 6, 3, 3), LAYOUTS["channels_last"](torch.zeros(4, 6, 3, 3, device=place.device))
+    y, _ = residual(h, None, skip, impl=place.impl)
+    assert y.stride() == torch.empty_like(h).stride() and torch.equal(y, h)
+
+
+@KERNEL
+@RESAMPLE
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_nothing_outside_a_view_is_written(place, launch, layout, resample):
+    op = draw((2, 5, 4, 6), resample, device=place.device)
+    base = LAYOUTS[layout](torch.full((4, 7, 7, 15), -7.0, device=place.device))
+    y = base[1:-1, 1:-1, 2:-1, 1:-2:2]
+    memory = torch.full((2 * 2 * 5 + 2,), -7.0, device=place.device)
+    stats = memory[1:-1].view(2, 2, 1, 5)
+    launch(op["h"], op["bias"], op["skip"], y, stats, resample)
+    check_rounded(y, formula(**op, resample=resample))
+    check_statistics(stats, y)
+    assert memory[0] == memory[-1] == -7
+    y.fill_(-7)
+    assert (base == -7).all()
+
+
+@KERNEL
+@RESAMPLE
+@pytest.mark.parametrize("dim", range(4), ids="BCHW".__getitem__)
+def test_offsets_past_2_to_the_31(place, launch, dim, resample):
+    """A stride of 2^30 elements, in memory of which a few pages are ever touched"""
+    step = 1 << 30
+    shape = [4 if d == dim else 2 for d in range(4)]
+    op = draw(shape, resample, torch.float16, device=place.device)
+    times, part = FACTOR[resample]
+    memory = torch.empty(step * 7 + 8192, dtype=torch.float16, device=place.device)
+
+    def view(size: list[int], start: int) -> Tensor:
+        stride, small = [0] * 4, 1
+        for d in (3, 2, 1, 0):
+            stride[d] = step if d == dim else small
+            small *= 1 if d == dim else size[d]
+        return memory.as_strided(size, stride, start)
+
+    skip_size = [size if d < 2 else size * times // part for d, size in enumerate(shape)]
+    h, skip, y = view(shape, 0), view(skip_size, 2048), view(shape, 4096)
+    h.copy_(op["h"])
+    skip.copy_(op["skip"])
+    stats = torch.full((2, shape[0], 1, shape[1]), NAN, device=place.device)
+    launch(h, op["bias"], skip, y, stats, resample)
+    check_rounded(y.clone(), formula(**op, resample=resample))
+    check_statistics(stats, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias_dtype", ["float32", "like_h", "none"])
+@RESAMPLE
+def test_gradients(place, resample, bias_dtype, dtype):
+    op = draw((2, 5, 4, 6), resample, dtype, device=place.device)
+    if bias_dtype != "float32":
+        op["bias"] = op["bias"].to(dtype) if bias_dtype == "like_h" else None
+    given = {name: None if value is None else value.clone().requires_grad_() for name, value in op.items()}
+    wanted = {name: None if value is None else value.double().requires_grad_() for name, value in op.items()}
+    upstream = upstream_of(op["h"])
+    y, stats = residual(**given, resample=resample, impl=place.impl)
+    assert y.requires_grad and not stats.requires_grad
+    y.backward(upstream)
+    formula(**wanted, resample=resample).backward(upstream.double())
+    for name in ("h", "skip", "bias"):
+        if op[name] is not None:
+            assert given[name].grad.dtype == op[name].dtype
+            check_rounded(given[name].grad, wanted[name].grad, scale=8.0)
+
+
+@pytest.mark.parametrize("wanted", ["h", "bias", "skip"])
+@RESAMPLE
+def test_a_single_gradient_can_be_asked_for(resample, wanted):
+    op = draw((2, 6, 4, 2), resample, torch.float64)
+    upstream = upstream_of(op["h"])
+    alone = {name: value.double().requires_grad_(name == wanted) for name, value in op.items()}
+    (got,) = torch.autograd.grad(residual(**alone, resample=resample)[0], alone[wanted], upstream)
+    (want,) = torch.autograd.grad(formula(**alone, resample=resample), alone[wanted], upstream)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("function", [residual, reference.residual], ids=["public", "reference"])
+@RESAMPLE
+def test_gradcheck(function, resample):
+    op = draw((2, 3, 2, 4), resample, torch.float64)
+    leaves = tuple(value.double().requires_grad_() for value in op.values())
+
+    def y(*args: Tensor) -> Tensor:
+        return function(*args, resample=resample, stats=False)[0]
+
+    assert torch.autograd.gradcheck(y, leaves)
+    assert torch.autograd.gradgradcheck(y, leaves)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 0, 4, 4), (2, 6, 0, 4), (2, 6, 4, 0)], ids=str)
+@RESAMPLE
+def test_empty(place, shape, resample):
+    op = {name: value.requires_grad_() for name, value in draw(shape, resample, device=place.device).items()}
+    y, stats = residual(**op, resample=resample, impl=place.impl)
+    assert y.shape == shape
+    assert torch.equal(stats, torch.zeros(2, shape[0], num_chunks(shape[2] * shape[3]), shape[1], device=place.device))
+    y.backward(torch.ones_like(y))
+    assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in op.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@RESAMPLE
+def test_opcheck(resample, layout, dtype):
+    op = draw((2, 3, 8, 10), resample, dtype, layout=layout)
+    for needs_grad, stats in ((True, True), (False, False)):
+        operands = [value.clone().requires_grad_(needs_grad) for value in op.values()]
+        torch.library.opcheck(OP, (*operands, resample, stats, "auto"))
+
+
+def test_opcheck_without_bias_on_views():
+    base = torch.randn(3, 8, 9, 10)
+    torch.library.opcheck(OP, (base[1:, 1:4, 1:5, ::2], None, base[1:, 4:7, 1:5, 1::2], None, True, "auto"))
+    torch.library.opcheck(OP, (base[:1].expand(4, 8, 9, 10), None, base[:1].expand(4, 8, 9, 10), None, True, "auto"))
+
+
+@RESAMPLE
+def test_torch_compile_traces_it_whole(place, resample):
+    op = draw((2, 6, 8, 10), resample, device=place.device)
+    names = tuple(op)
+
+    def function(*operands: Tensor) -> tuple[Tensor, Tensor]:
+        given = dict(zip(names, operands, strict=True))
+        y, stats = residual(**given, resample=resample, impl=place.impl)
+        return y * 2, stats + 1
+
+    leaves = [value.requires_grad_() for value in op.values()]
+    upstream = upstream_of(op["h"])
+    results = []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        y, stats = call(*leaves)
+        results.append((y, stats, *torch.autograd.grad(y, leaves, upstream)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-5)
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.randn(6))
+
+    def forward(self, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor | None]:
+        return residual(h, self.bias, skip, resample="up")
+
+
+def test_torch_export_round_trip():
+    op, block = draw((2, 6, 8, 10), "up"), Block()
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(block, (op["h"], op["skip"])), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for got, want in zip(loaded(op["h"], op["skip"]), block(op["h"], op["skip"]), strict=True):
+        assert torch.equal(got, want) and got.stride() == want.stride()
+
+
+ERRORS = {
+    "h_list": ({"h": [1.0]}, TypeError, "h must be a torch.Tensor, got list"),
+    "h_3d": ({"h": torch.zeros(2, 6, 4)}, ValueError, r"h must have shape \(B, C, H, W\), got \(2, 6, 4\)"),
+    "h_int": ({"h": torch.zeros(2, 6, 4, 4).long()}, TypeError, "h must be .* got torch.int64"),
+    "h_pixels": (
+        {"h": torch.zeros(1, 1, 1, 1).expand(1, 1, 1 << 15, 1 << 15)},
+        ValueError,
+        r"h must have fewer than 2\^30 pixels an image, got 32768 x 32768",
+    ),
+    "skip_none": ({"skip": None}, TypeError, "skip must be a torch.Tensor, got NoneType"),
+    "skip_shape": (
+        {"skip": torch.zeros(2, 6, 4, 5)},
+        ValueError,
+        r"skip must have shape \(2, 6, 4, 4\), got \(2, 6, 4",
+    ),
+    "skip_down": (
+        {"resample": "down"},
+        ValueError,
+        r"skip must have shape \(2, 6, 8, 8\), got \(2, 6, 4, 4\); resample='down' halves it",
+    ),
+    "skip_up": (
+        {"resample": "up"},
+        ValueError,
+        r"skip must have shape \(2, 6, 2, 2\), got \(2, 6, 4, 4\); resample='up' doubles it",
+    ),
+    "h_odd_up": (
+        {"h": torch.zeros(2, 6, 4, 3), "resample": "up"},
+        ValueError,
+        "h must have even height and width for resample='up', got 4 x 3",
+    ),
+    "resample": ({"resample": "left"}, ValueError, "resample must be one of None, 'down', 'up', got 'left'"),
+    "stats_int": ({"stats": 1}, TypeError, "stats must be a bool, got int"),
+    "skip_dtype": (
+        {"skip": torch.zeros(2, 6, 4, 4).half()},
+        TypeError,
+        "skip must be torch.float32, got torch.float16; it must have h's dtype",
+    ),
+    "skip_device": (
+        {"skip": torch.zeros(2, 6, 4, 4, device="meta")},
+        ValueError,
+        "skip must be on the device of h, cpu, got meta",
+    ),
+    "bias_shape": ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
+    "bias_dtype": ({"bias": torch.zeros(6).half()}, TypeError, "bias must be torch.float32, got torch.float16"),
+    "bias_of_bf16": (
+        {
+            "h": torch.zeros(2, 6, 4, 4).bfloat16(),
+            "skip": torch.zeros(2, 6, 4, 4).bfloat16(),
+            "bias": torch.zeros(6).half(),
+        },
+        TypeError,
+        "bias must be torch.bfloat16 or torch.float32, got torch.float16",
+    ),
+    "bias_device": (
+        {"bias": torch.zeros(6, device="meta")},
+        ValueError,
+        "bias must be on the device of h, cpu, got meta",
+    ),
+    "impl": ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'reference', got 'cuda'"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_argument(case):
+    change, kind, message = ERRORS[case]
+    valid = draw((2, 6, 4, 4))
+    with pytest.raises(kind, match=message):
+        residual(**{**valid, **change})
+    residual(**valid)
+
+
+@NO_INTERPRETER
+def test_float64_has_no_kernel():
+    op = draw((2, 6, 4, 4), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"impl='triton' needs h to be .* got torch.float64; use impl='reference'"):
+        residual(**op, impl="triton")
