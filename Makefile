@@ -1,10 +1,10 @@
-# make sample | test | check | digits | bench | gpu | tune; each sets up .venv first, once
+# make sample | test | check | digits | bench | aot | gpu | tune; each sets up .venv first, once
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup sample test check digits evaluate bench gpu gpu-tests gpu-bench tune wheel
+.PHONY: setup sample test check digits evaluate bench aot gpu gpu-tests gpu-bench tune wheel
 
 setup: .venv/ready
 
@@ -25,6 +25,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.aot --pairwise
+
+# every kernel built for four GPUs with no GPU, and held to tests/aot/table.csv: no spills, full-width memory access; check
+# builds the cases that hold every pair of factor values, aot all; OP="philox q_sample" only those, WRITE=1 writes the table
+aot: setup
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.aot $(foreach op,$(OP),--op $(op)) $(if $(WRITE),--write)
 
 # the bundled model again: trains it, or goes on where a run stopped, then measures the criteria of its card
 digits: setup

@@ -136,7 +136,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[int, ...], dict[str, object]]]
     "norm_concat": (norm, (2, 72, 10, 10), {"groups": 6, "split": 24, "handed": True}),
     "norm_concat_up": (norm, (1, 72, 6, 6), {"groups": 4, "split": 40, "folded": True, "resample": "up"}),
     "norm_down": (norm, (2, 40, 10, 8), {"groups": 5, "resample": "down"}),
-    "backward": (norm, (2, 36, 9, 10), {"groups": 3, "modulated": True, "folded": True, "backward": True}),
+    "backward": (norm, (2, 48, 9, 10), {"groups": 3, "modulated": True, "folded": True, "backward": True}),
     "backward_up": (norm, (1, 48, 6, 4), {"groups": 8, "split": 24, "resample": "up", "backward": True}),
     "backward_down": (
         norm,

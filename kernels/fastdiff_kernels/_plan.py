@@ -78,8 +78,12 @@ def _type(value: object) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def address_of(tensor: Tensor) -> int:
+    """Where it starts, in bytes; on the meta device in a storage that starts at 0"""
+    return int(tensor.storage_offset()) * tensor.element_size() if tensor.is_meta else tensor.data_ptr()
+
+
 def _divisible(value: object) -> bool:
     if isinstance(value, Tensor):
-        address = value.storage_offset() * value.element_size() if value.is_meta else value.data_ptr()
-        return address % ALIGNMENT == 0
+        return address_of(value) % ALIGNMENT == 0
     return isinstance(value, int) and value % ALIGNMENT == 0

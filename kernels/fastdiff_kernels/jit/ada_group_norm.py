@@ -8,7 +8,7 @@ from .._plan import Plan
 from .._tuning import power_of_two, settings
 from .norm import Norm, affine, channels_of, load_slab, moments_at, over_groups, slab_channels, slab_fits
 from .statistics import new_statistics, plan_fold, plan_statistics
-from .tile import address, addresses, flat, grid_offset, pixel_offset, silu, vector
+from .tile import address, addresses, flat, grid_offset, pixel_offset, silu, vector, wide
 
 # elements that one program holds in registers, as fp32: 32 a thread at 16 warps
 SLAB_ELEMENTS = 16384
@@ -191,7 +191,8 @@ def plan_ada_group_norm(
 ) -> list[Plan]:
     """The launches in order; y (ROWS, C, H', W') and moments (2, B, groups) fp32 are written"""
     norm = Norm(x, x2, x_bias, weight, bias, scale, shift, silu, resample)
-    if slab_fits(norm.channels, norm.channels // moments.shape[2], norm.pixels, SLAB_ELEMENTS):
+    elements = SLAB_ELEMENTS if wide(vector(x, x2, y), x, x2, y) else SLAB_ELEMENTS // 4
+    if slab_fits(norm.channels, norm.channels // moments.shape[2], norm.pixels, elements):
         return [_plan_slab(norm, y, moments, eps)]
     plans = []
     if stats is None:
@@ -208,7 +209,9 @@ def _plan_apply(norm: Norm, y: Tensor, moments: Tensor) -> Plan:
     pixels = norm.pixels // (4 if norm.resample == "down" else 1)
     # every program reads the small vectors: larger ones where there are enough
     rule = {"BLOCK_P": 64, "BLOCK_C": norm.block_c, "num_warps": 4}
-    if pixels >= 64 * 64:
+    if not wide(vec, norm.x, norm.x2, y):
+        rule["BLOCK_P"] = 32
+    elif pixels >= 64 * 64:
         rule |= {"BLOCK_P": 128, "num_warps": 8}
     s = settings("apply", norm.x.device, norm.b, norm.channels, pixels, norm.x.dtype, **rule)
     return Plan(

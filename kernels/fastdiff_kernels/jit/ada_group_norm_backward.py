@@ -16,7 +16,7 @@ from .._plan import Plan
 from .._tuning import num_chunks, power_of_two, settings
 from .norm import Norm, affine, block_of_both, channels_of, load_slab, moments_at, over_groups, slab_channels, slab_fits
 from .statistics import fold_block
-from .tile import address, addresses, flat, grid_offset, pixel_offset, vector
+from .tile import address, addresses, flat, grid_offset, pixel_offset, vector, wide
 
 # two slabs, x and the gradient, share the registers
 SLAB_ELEMENTS = 8192
@@ -335,7 +335,7 @@ def plan_ada_group_norm_backward(
     writes = {**address("dx", dx, vec), **address("dx2", dx2, vec), "dx_sums_ptr": dx_sums}
     fixed = {**norm.constexprs(groups), "FLAT": flat(x, x2, g, dx, dx2), "VEC": vec}
     shape = (x.device, norm.b, norm.channels, norm.pixels, x.dtype)
-    if slab_fits(norm.channels, norm.channels // groups, norm.pixels, SLAB_ELEMENTS):
+    if slab_fits(norm.channels, norm.channels // groups, norm.pixels, _slab_elements(x, x2)):
         slab = slab_channels(norm.channels, norm.channels // groups)
         block_p, block_c = power_of_two(norm.pixels), power_of_two(slab)
         s = settings("slab_backward", *shape, num_warps=max(1, min(16, block_p * block_c // 512)))
@@ -351,8 +351,9 @@ def plan_ada_group_norm_backward(
     chunks = num_chunks(norm.pixels)
     parts = torch.empty((2, norm.rows, chunks, norm.channels), dtype=torch.float32, device=x.device)
     means = torch.empty((2, norm.b, groups), dtype=torch.float32, device=x.device)
-    # four loads of the gradient a pixel, or two rows of it, need registers
-    rule = {"BLOCK_P": 32 if resample == "up" or norm.rows > norm.b else 64, "BLOCK_C": norm.block_c, "num_warps": 4}
+    # four loads of the gradient a pixel, two rows of it, or many addresses need registers
+    crowded = resample == "up" or norm.rows > norm.b or not wide(vec, x, x2, g)
+    rule = {"BLOCK_P": 32 if crowded else 64, "BLOCK_C": norm.block_c, "num_warps": 4}
     s = settings("sums", *shape, **rule)
     plans = [
         Plan(
@@ -365,7 +366,7 @@ def plan_ada_group_norm_backward(
         _plan_fold_sums(norm, parts, sums, means),
     ]
     if dx is not None:
-        s = _dx_settings(x, norm.c1, norm.c2)
+        s = _dx_settings(x, x2)
         plans.append(
             Plan(
                 kernel=_dx_kernel,
@@ -402,11 +403,17 @@ def dx_blocks(x: Tensor, x2: Tensor | None, groups: int) -> int:
     """Parts of dx_sums an image: it is (B, dx_blocks, C)"""
     c1, c2 = x.shape[1], 0 if x2 is None else x2.shape[1]
     pixels = x.shape[2] * x.shape[3]
-    if slab_fits(c1 + c2, (c1 + c2) // groups, pixels, SLAB_ELEMENTS):
+    if slab_fits(c1 + c2, (c1 + c2) // groups, pixels, _slab_elements(x, x2)):
         return 1
-    return triton.cdiv(pixels, _dx_settings(x, c1, c2)["BLOCK_P"])
+    return triton.cdiv(pixels, _dx_settings(x, x2)["BLOCK_P"])
 
 
-def _dx_settings(x: Tensor, c1: int, c2: int) -> dict[str, int]:
-    rule = {"BLOCK_P": 64, "BLOCK_C": block_of_both(c1, c2), "num_warps": 4}
+def _slab_elements(x: Tensor, x2: Tensor | None) -> int:
+    return SLAB_ELEMENTS if wide(vector(x, x2), x, x2) else SLAB_ELEMENTS // 4
+
+
+def _dx_settings(x: Tensor, x2: Tensor | None) -> dict[str, int]:
+    c1, c2 = x.shape[1], 0 if x2 is None else x2.shape[1]
+    crowded = x.element_size() > 2 or not wide(vector(x, x2), x, x2)
+    rule = {"BLOCK_P": 32 if crowded else 64, "BLOCK_C": block_of_both(c1, c2), "num_warps": 4}
     return settings("dx", x.device, x.shape[0], c1 + c2, x.shape[2] * x.shape[3], x.dtype, **rule)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._plan import ALIGNMENT
+from .._plan import ALIGNMENT, address_of
 
 
 @triton.jit
@@ -59,6 +59,14 @@ def vector(*tensors: Tensor | None) -> int:
     given = [tensor for tensor in tensors if tensor is not None]
     vec = min(ALIGNMENT // tensor.element_size() for tensor in given)
     return math.gcd(vec, *(tensor.stride(dim) for tensor in given for dim in (0, 2, 3)))
+
+
+def wide(vec: int, *tensors: Tensor | None) -> bool:
+    """Whether accesses along channels can be 16 bytes; where not, a thread holds an address for every few elements"""
+    return all(
+        t is None or (t.stride(1) == 1 and vec * t.element_size() >= ALIGNMENT and address_of(t) % ALIGNMENT == 0)
+        for t in tensors
+    )
 
 
 def flat(*tensors: Tensor | None) -> bool:
