@@ -20,6 +20,7 @@ from fastdiff.model.unet import UNet, UNetConfig
 from fastdiff.schedule import Schedule
 from fastdiff.training import Dataset, TrainConfig, TrainingError, digits, train
 from fastdiff.training.losses import Objective, draw, sample_keys
+from fastdiff_kernels import STREAM_TRAINING, philox_normal
 
 TINY = UNetConfig(
     image_size=8,
@@ -95,9 +96,16 @@ def stop_at(step: int) -> Any:
 
 
 def test_draws_do_not_depend_on_the_batch_split() -> None:
-    whole = draw(sample_keys(5, 100, 12), (1, 4, 4), 1000, 0.3)
-    parts = [draw(sample_keys(5, 100 + start, n), (1, 4, 4), 1000, 0.3) for start, n in ((0, 1), (1, 7), (8, 4))]
-    for tensor, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+    objective = Objective(Schedule.named("linear"), "eps")
+    clean = torch.zeros(12, 1, 4, 4)
+
+    def of(start: int, n: int) -> tuple[torch.Tensor, ...]:
+        keys = sample_keys(5, 100 + start, n)
+        t, dropped = draw(keys, 1000, 0.3)
+        return t, dropped, *objective.noised(clean[:n], keys, t)
+
+    parts = [of(start, n) for start, n in ((0, 1), (1, 7), (8, 4))]
+    for tensor, pieces in zip(of(0, 12), zip(*parts, strict=True), strict=True):
         assert torch.equal(tensor, torch.cat(pieces))
 
 
@@ -108,7 +116,9 @@ def test_runs_and_samples_share_no_key() -> None:
 
 def test_draw_has_the_stated_distributions() -> None:
     n, T = 20000, 50
-    t, dropped, eps = draw(sample_keys(3, 0, n), (1, 2, 2), T, 0.1)
+    keys = sample_keys(3, 0, n)
+    t, dropped = draw(keys, T, 0.1)
+    _, eps = Objective(Schedule.named("linear"), "eps").noised(torch.zeros(n, 1, 2, 2), keys, t)
     counts = t.bincount(minlength=T).double()
     assert len(counts) == T
     # chi-squared with 49 degrees of freedom: 5 standard deviations above its mean
@@ -122,7 +132,7 @@ def test_draw_has_the_stated_distributions() -> None:
 
 @pytest.mark.parametrize(("p_uncond", "expected"), [(0.0, False), (1.0, True)])
 def test_p_uncond_extremes_are_exact(p_uncond: float, expected: bool) -> None:
-    dropped = draw(sample_keys(0, 0, 4000), (1, 1, 1), 10, p_uncond)[1]
+    dropped = draw(sample_keys(0, 0, 4000), 10, p_uncond)[1]
     assert (dropped == expected).all()
 
 
@@ -149,18 +159,21 @@ def test_every_epoch_shows_every_image_once() -> None:
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_loss_is_the_mean_squared_error_of_the_target(prediction: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    x0, eps, output = torch.randn(3, 5, 1, 4, 4, generator=generator).unbind(0)
+    x0, output = torch.randn(2, 5, 3, 4, 4, generator=generator).unbind(0)
+    keys = sample_keys(1, 0, 5)
+    eps = philox_normal(keys, (3, 4, 4), draw=0, stream=STREAM_TRAINING)
     t = torch.tensor([0, 1, 400, 900, 999])
     schedule = Schedule.named("cosine")
     abar = np.cumprod(1 - schedule.betas)[t.numpy()]
     objective = Objective(schedule, prediction)
-    x = objective.noised(x0, eps, t)
-    losses = objective.loss(output, x0, eps, t)
+    x, target = objective.noised(x0, keys, t)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    losses = objective.loss(output, target)
     for i in range(5):
         alpha, sigma = math.sqrt(abar[i]), math.sqrt(1 - abar[i])
         torch.testing.assert_close(x[i], (alpha * x0[i].double() + sigma * eps[i].double()).float())
-        target = {"eps": eps[i], "x0": x0[i], "v": alpha * eps[i] - sigma * x0[i]}[prediction]
-        torch.testing.assert_close(losses[i], ((output[i] - target) ** 2).mean())
+        wanted = {"eps": eps[i], "x0": x0[i], "v": alpha * eps[i] - sigma * x0[i]}[prediction]
+        torch.testing.assert_close(losses[i], ((output[i] - wanted) ** 2).mean())
 
 
 # The loop
@@ -255,12 +268,14 @@ def test_average_follows_its_formula() -> None:
 def test_loss_falls(tmp_path: Path, prediction: str) -> None:
     model, data = conv_model(prediction), small_data(16)
     objective = Objective(model.schedule, prediction)
-    t, _, eps = draw(sample_keys(77, 0, 16), (1, 8, 8), 1000, 0.0)
+    keys = sample_keys(77, 0, 16)
+    t, _ = draw(keys, 1000, 0.0)
+    x, target = objective.noised(data.images, keys, t)
 
     def measured(model: DiffusionModel) -> float:
         with torch.no_grad():
-            output = model.network(objective.noised(data.images, eps, t), t.float(), data.labels)
-        return float(objective.loss(output, data.images, eps, t).mean())
+            output = model.network(x, t.float(), data.labels)
+        return float(objective.loss(output, target).mean())
 
     before = measured(model)
     after = measured(train(model, data, config(iterations=150, lr=1e-2, batch_size=16), None, progress=False))

@@ -158,18 +158,18 @@ class _Run:
         keys = sample_keys(config.seed, step * config.batch_size, config.batch_size)
         torch.manual_seed(int(keys[0]))  # dropout
         keys = keys.to(self.device)
-        t, dropped, eps = draw(keys, model.image_shape, model.schedule.num_train_timesteps, config.p_uncond)
+        t, dropped = draw(keys, model.schedule.num_train_timesteps, config.p_uncond)
         x0, y = self.images[indices], None
         if model.num_classes is not None:
             y = self.labels[indices]
             if model.null_label is not None:
                 y = torch.where(dropped, model.null_label, y)
-        x = self.objective.noised(x0, eps, t)
+        x, target = self.objective.noised(x0, keys, t)
 
         self.network.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             output = self.network(x, t.float(), y)
-        loss = self.objective.loss(output, x0, eps, t).mean()
+        loss = self.objective.loss(output, target).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss = loss.detach()

@@ -12,7 +12,7 @@ import torch
 from fastdiff.noise import seed_array
 from fastdiff.prediction import named_prediction
 from fastdiff.schedule import Schedule
-from fastdiff_kernels import STREAM_TRAINING, philox_normal, philox_uint32
+from fastdiff_kernels import STREAM_TRAINING, philox_uint32, q_sample
 
 __all__ = ["Objective", "draw", "sample_keys"]
 
@@ -22,14 +22,10 @@ def sample_keys(seed: int, start: int, n: int) -> torch.Tensor:
     return torch.from_numpy(seed_array(seed, n, start=start))
 
 
-def draw(
-    keys: torch.Tensor, image_shape: tuple[int, int, int], num_train_timesteps: int, p_uncond: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """t int64 (B,) uniform in [0, T), dropped bool (B,) true with probability p_uncond, eps float32 (B, C, H, W)."""
-    eps = philox_normal(keys, image_shape, draw=0, stream=STREAM_TRAINING, dtype=torch.float32)
+def draw(keys: torch.Tensor, num_train_timesteps: int, p_uncond: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """t int64 (B,) uniform in [0, T), and dropped bool (B,), true with probability p_uncond."""
     words = philox_uint32(keys, (2,), draw=1, stream=STREAM_TRAINING)
-    t = (words[:, 0] * num_train_timesteps) >> 32
-    return t, words[:, 1] < round(p_uncond * 2**32), eps
+    return (words[:, 0] * num_train_timesteps) >> 32, words[:, 1] < round(p_uncond * 2**32)
 
 
 class Objective:
@@ -40,12 +36,11 @@ class Objective:
         tables = schedule.alpha_sigma(np.arange(schedule.num_train_timesteps))
         self.alpha, self.sigma = (torch.from_numpy(table).float().to(device) for table in tables)
 
-    def noised(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t = alpha * x0 + sigma * eps, (B, C, H, W) channels_last, for t int64 (B,)."""
-        alpha, sigma = self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
-        return (alpha * x0 + sigma * eps).contiguous(memory_format=torch.channels_last)
+    def noised(self, x0: torch.Tensor, keys: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t, target) for t int64 (B,), x_t = alpha * x0 + sigma * eps, eps that of keys; channels_last."""
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+        return q_sample(x0, self.alpha[t], self.sigma[t], seeds=keys, draw=0, prediction=self.prediction.name)
 
-    def loss(self, output: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Mean squared error of each sample, float32 (B,)."""
-        target = self.prediction.training_target(x0, eps, self.alpha[t], self.sigma[t])
         return (output.float() - target).square().flatten(1).mean(1)
