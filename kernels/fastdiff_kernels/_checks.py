@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_PIXELS = 1 << 30  # kernels count the pixels of an image in 32 bits
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -52,3 +53,9 @@ def check_writable(name: str, tensor: Tensor) -> None:
     """Refuses a view whose elements share memory: what is written there would depend on the order"""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{name} is written in place and must not be expanded, got strides {tensor.stride()}")
+
+
+def check_pixels(name: str, images: Tensor) -> None:
+    height, width = images.shape[2:]
+    if height * width >= MAX_PIXELS:
+        raise ValueError(f"{name} must have fewer than 2^30 pixels an image, got {height} x {width}")

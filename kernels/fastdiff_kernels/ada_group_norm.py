@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_int, check_shape
+from ._checks import FLOATS, check_device, check_dtype, check_int, check_pixels, check_shape
 from ._impl import check_impl, plain, uses_triton
 
 RESAMPLES = (None, "down", "up")
@@ -281,6 +281,7 @@ def ada_group_norm(
     """
     check_shape("x", x, ("B", "C", "H", "W"))
     check_dtype("x", x, FLOATS)
+    check_pixels("x", x)
     b, c1, height, width = x.shape
     c2 = 0
     if x2 is not None:

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_shape
+from ._checks import FLOATS, check_device, check_dtype, check_pixels, check_shape
 from ._impl import TRITON_DTYPES, check_impl, plain, uses_triton
 from .philox import STREAM_TRAINING, check_draw, check_seeds
 
 PREDICTIONS = ("eps", "v", "x0")
-MAX_PIXELS = 1 << 30  # kernels count the pixels of an image in 32 bits
 
 
 def _outputs(x0: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -118,8 +117,7 @@ def q_sample(
     check_shape("x0", x0, ("B", "C", "H", "W"))
     check_dtype("x0", x0, FLOATS)
     b, c, height, width = x0.shape
-    if height * width >= MAX_PIXELS:
-        raise ValueError(f"x0 must have fewer than 2^30 pixels an image, got {height} x {width}")
+    check_pixels("x0", x0)
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         check_shape(name, value, (b,), "one an image")
         check_dtype(name, value, (torch.float32, torch.promote_types(x0.dtype, torch.float32)))

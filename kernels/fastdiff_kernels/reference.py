@@ -82,8 +82,8 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
 def resampled(x: Tensor, resample: str | None) -> Tensor:
     """x, its 2 x 2 averages ("down"), or each pixel four times ("up")"""
     if resample == "down":
-        return F.avg_pool2d(x, 2)
-    return x if resample is None else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return sum_2x2(x) * 0.25
+    return x if resample is None else nearest_2x(x)
 
 
 def ada_group_norm(
@@ -296,14 +296,10 @@ def residual(
     Reference: Dhariwal & Nichol, 2105.05233, section 3 (residual blocks that resample)
     """
     dtype = torch.promote_types(h.dtype, torch.float32)
-    y, branch = h.to(dtype), skip.to(dtype)
-    if resample == "down":
-        branch = sum_2x2(branch) * 0.25
-    elif resample == "up":
-        branch = nearest_2x(branch)
+    y = h.to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)[:, None, None]
-    y = (y + branch).to(h.dtype)
+    y = (y + resampled(skip.to(dtype), resample)).to(h.dtype)
     return y, chunk_statistics(y, num_chunks(h.shape[2] * h.shape[3])) if stats else None
 
 

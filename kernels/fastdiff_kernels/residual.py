@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_shape
+from ._checks import FLOATS, check_device, check_dtype, check_pixels, check_shape
 from ._impl import check_impl, plain, uses_triton
 from ._tuning import num_chunks
 
 RESAMPLES = (None, "down", "up")
-MAX_PIXELS = 1 << 30  # kernels count the pixels of an image in 32 bits
 
 
 def _outputs(h: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
@@ -99,8 +98,7 @@ def residual(
     check_shape("h", h, ("B", "C", "H", "W"))
     check_dtype("h", h, FLOATS)
     b, c, height, width = h.shape
-    if height * width >= MAX_PIXELS:
-        raise ValueError(f"h must have fewer than 2^30 pixels an image, got {height} x {width}")
+    check_pixels("h", h)
     if resample not in RESAMPLES:
         raise ValueError(f"resample must be one of {', '.join(map(repr, RESAMPLES))}, got {resample!r}")
     if not isinstance(stats, bool):

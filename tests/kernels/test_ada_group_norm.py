@@ -240,6 +240,11 @@ def valid() -> dict:
 ERRORS = {
     "x_not_a_tensor": ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
     "x_3d": ({"x": torch.zeros(2, 6, 3)}, ValueError, r"x must have shape \(B, C, H, W\), got \(2, 6, 3\)"),
+    "x_pixels": (
+        {"x": torch.zeros(1, 1, 1, 1, dtype=torch.half).expand(2, 6, 2**15, 2**15)},
+        ValueError,
+        "x must have fewer than 2\\^30 pixels an image, got 32768 x 32768",
+    ),
     "x_int": ({"x": torch.zeros(2, 6, 3, 3, dtype=torch.int64)}, TypeError, "x must be .* got torch.int64"),
     "groups_zero": ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),
     "groups_float": ({"groups": 3.0}, TypeError, "groups must be an int, got float"),

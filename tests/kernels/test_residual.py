@@ -154,9 +154,9 @@ def test_a_mean_of_1e4_keeps_the_deviations(place, layout):
     op = draw((2, 24, 16, 16), mean=1e4, layout=layout, device=place.device)
     y, stats = residual(**op, impl=place.impl)
     want = by_chunk(y, 4)
-    # sums of 64 values of 1e4 in fp32: a few units of 2^-10 in the mean, whose square is all that m2 sees
+    # fp32 sums of 1e4 leave a few units of 2^-10 in the means, which the merge of tiles sees
     np.testing.assert_allclose(stats[0].cpu(), want[0], rtol=0, atol=1e-2)
-    np.testing.assert_allclose(stats[1].cpu(), want[1], rtol=1e-4)
+    np.testing.assert_allclose(stats[1].cpu(), want[1], rtol=1e-3)
 
 
 @pytest.mark.parametrize("value", [1e15, -3e4, 0.1], ids=str)

@@ -128,7 +128,7 @@ def plan_q_sample(
     b, c, height, width = x0.shape
     pixels, vec, block_c = height * width, vector(x0, noise, x_t, target), channel_block(c)
     # elements of each operand that a thread holds; a narrow access takes registers for its own address
-    held = 16 if vec > 1 or c == 1 else 8
+    held = 16 if vec > 1 or x0.stride(3) == 1 else 4
     s = settings(
         *("q_sample", x0.device, b, c, pixels, x0.dtype),
         BLOCK=32 * WARPS * held // (4 * block_c),

@@ -8,8 +8,6 @@ from .._plan import ALIGNMENT, Plan
 from .._tuning import channel_block, num_chunks, power_of_two, settings
 from .tile import address, addresses, flat, grid_offset, merge, pixel_offset, tile_statistics, vector
 
-WARPS = 8
-
 
 @triton.jit
 def _residual_kernel(
@@ -57,12 +55,9 @@ def _residual_kernel(
             y += bias
         if RESAMPLE == "down":
             pooled = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-            at = grid_offset(p // W * 2, p % W * 2, skip_stride_h, skip_stride_w, VEC)
-            corner = addresses(skip_ptr, at, c, skip_stride_c)
             for q in tl.static_range(4):
-                row, column = tl.full((), q // 2, tl.int32), tl.full((), q % 2, tl.int32)
-                step = grid_offset(row, column, skip_stride_h, skip_stride_w, VEC)
-                pooled += tl.load(corner + step, mask, 0.0).to(tl.float32)
+                at = grid_offset(p // W * 2 + q // 2, p % W * 2 + q % 2, skip_stride_h, skip_stride_w, VEC)
+                pooled += tl.load(addresses(skip_ptr, at, c, skip_stride_c), mask, 0.0).to(tl.float32)
             y += pooled * 0.25
         else:
             if RESAMPLE == "up":
@@ -90,10 +85,14 @@ def plan_residual(
     pixels, vec, block_c = height * width, vector(h, skip, y), channel_block(c)
     chunks = num_chunks(pixels) if stats is None else stats.shape[2]
     per_chunk = triton.cdiv(pixels, chunks)
-    # elements of each operand that a thread holds at a time; a narrow access takes registers for its own address
-    whole_vectors = vec * h.element_size() == ALIGNMENT and all(t.storage_offset() % vec == 0 for t in (h, skip, y))
-    held = 16 if whole_vectors and resample != "down" else 8
-    block_p = min(power_of_two(per_chunk), 32 * WARPS * held // block_c)
+    # elements of a program, and of a thread: what no target spills, a narrow access taking registers for its address
+    tile, held = 1024, 4
+    if all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in (h, skip, y)):
+        if vec * h.element_size() == ALIGNMENT:
+            tile, held = 4096, 16 if resample == "down" else 4 * vec
+        elif h.stride(3) == 1 and h.stride(1) * h.element_size() % ALIGNMENT == 0 and resample is None:
+            tile, held = 2048, 16
+    block_p = min(power_of_two(per_chunk), tile // block_c)
     s = settings(
         *("residual", h.device, b, c, pixels, h.dtype),
         BLOCK_P=block_p,

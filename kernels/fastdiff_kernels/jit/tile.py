@@ -34,7 +34,8 @@ def merge(count, mean, m2, count_2, mean_2, m2_2):
     total = count + count_2
     delta = mean_2 - mean
     share = count_2 / total
-    return total, mean + delta * share, m2 + m2_2 + delta * delta * count * share
+    # from the right: delta^2 alone overflows from 1e19 on, and the first part's count is 0
+    return total, mean + delta * share, m2 + m2_2 + delta * (delta * (count * share))
 
 
 @triton.jit
