@@ -29,10 +29,13 @@ trial: dict[str, dict[str, int]] = {}
 def num_chunks(pixels: int) -> int:
     """Chunks of an image's pixels whose statistics are kept apart; independent of batch and device, as results must be
 
-    64 pixels each and at most 32 of them, 64 above 64 x 64: more cost bytes, fewer leave a GPU idle. Two images of
-    64 x 64 and 192 channels are 192 programs of 64 channels, two of 256 x 256 and 256 channels are 512.
+    More cost bytes, fewer leave a GPU idle: two images of 16 x 16 and 576 channels are 144 programs of 64 channels, of
+    64 x 64 and 192 are 192, of 256 x 256 and 256 are 512.
     """
-    return max(1, min(32 if pixels <= 64 * 64 else 64, -(-pixels // 64)))
+    # of 32 pixels up to 16 x 16, then of 64 or more: 8 to 32 chunks, 64 above 64 x 64; for symbolic sizes, too
+    small = torch.sym_min(8, -(-pixels // 32))
+    large = torch.sym_min(torch.sym_ite(pixels > 64 * 64, 64, 32), -(-pixels // 64))
+    return torch.sym_max(torch.sym_max(1, small), large)
 
 
 def power_of_two(n: int) -> int:

@@ -32,7 +32,7 @@ def _apply_kernel(
                comes from row b of x, or b - B from row B on; moments (2, B, GROUPS); others as in the reference.
     Program:   (b, BLOCK_P pixels of x, or of y where it is smaller, channel block of one of x and x2)
     Precision: any float in; affine and mean of 4 pixels in fp32; one rounding at the store
-    Traffic:   1 read of x, 1 write of y
+    Traffic:   1 read of x (with "down" one for each row of y that it makes), 1 write of y
     Reference: reference.ada_group_norm
     """
     BLOCKS_C: tl.constexpr = tl.cdiv(C1, BLOCK_C) + tl.cdiv(C2, BLOCK_C)
@@ -66,8 +66,9 @@ def _apply_kernel(
                 weight_ptr, bias_ptr, scale_ptr, scale_stride_b, scale_stride_c,
                 shift_ptr, shift_stride_b, shift_stride_c, row, c, mask_c,
             )  # fmt: skip
-            a = (rstd * gain)[None, :]
-            b = (shifted - mean * rstd * gain)[None, :]
+            slope = (rstd * gain)[None, :]
+            centre = mean[None, :]
+            shifted = shifted[None, :]
             out_ptr = y_ptr + row * y_stride_b * VEC
             if DOWN:
                 y = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -78,11 +79,11 @@ def _apply_kernel(
                     else:
                         at = grid_offset(2 * h + q // 2, 2 * w + q % 2, x_stride_h, x_stride_w, VEC)
                         x = tl.load(addresses(x_ptr, at, c_in, x_stride_c), mask, 0.0).to(tl.float32)
-                    u = x * a + b
+                    u = (x - centre) * slope + shifted
                     y += silu(u) if SILU else u
                 y = y * 0.25
             else:
-                u = x * a + b
+                u = (x - centre) * slope + shifted
                 y = silu(u) if SILU else u
             y = y.to(y_ptr.dtype.element_ty)
             if RESAMPLE == "up":
@@ -209,7 +210,7 @@ def _plan_apply(norm: Norm, y: Tensor, moments: Tensor) -> Plan:
     pixels = norm.pixels // (4 if norm.resample == "down" else 1)
     # every program reads the small vectors: larger ones where there are enough
     rule = {"BLOCK_P": 64, "BLOCK_C": norm.block_c, "num_warps": 4}
-    if not wide(vec, norm.x, norm.x2, y):
+    if pixels <= 16 * 16 or not wide(vec, norm.x, norm.x2, y):
         rule["BLOCK_P"] = 32
     elif pixels >= 64 * 64:
         rule |= {"BLOCK_P": 128, "num_warps": 8}

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._plan import Plan
 from .._tuning import num_chunks, power_of_two, settings
 from .norm import Norm, affine, block_of_both, channels_of, load_slab, moments_at, over_groups, slab_channels, slab_fits
-from .statistics import fold_block
+from .statistics import FOLD_WARPS, fold_block
 from .tile import address, addresses, flat, grid_offset, pixel_offset, vector, wide
 
 # two slabs, x and the gradient, share the registers
@@ -84,7 +84,7 @@ def _sums_kernel(
     Layout:    x, x2 as in the forward pass; g (ROWS, C1 + C2, H', W'); parts (2, ROWS, CHUNKS, C1 + C2) fp32.
     Program:   (b, chunk, channel block of one of x and x2)
     Precision: fp32
-    Traffic:   1 read of x, 1 of g
+    Traffic:   1 read of g, and 1 of x for each row of y that it made
     Reference: the gradient of reference.ada_group_norm
     """
     C: tl.constexpr = C1 + C2
@@ -140,27 +140,29 @@ def _fold_sums_kernel(
     GROUPS: tl.constexpr = C // CPG
     group = tl.program_id(0) % GROUPS
     n = (tl.program_id(0) // GROUPS).to(tl.int64)
-    c = group * CPG + tl.arange(0, BLOCK_C)
-    mask_c = tl.arange(0, BLOCK_C) < CPG
-    weight = tl.load(weight_ptr + c, mask_c, 0.0).to(tl.float32)
     size = HW * (CPG * 1.0)
     for part in tl.static_range(2):
         mean = tl.zeros((), tl.float32)
-        for repeat in tl.static_range(REPEATS):
-            row = n + repeat * B
-            if row < ROWS:
-                total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-                for start in range(0, CHUNKS, BLOCK_K):
-                    k = start + tl.arange(0, BLOCK_K)
-                    at = (((row + part * ROWS) * CHUNKS + k) * C)[:, None] + c[None, :]
-                    total += tl.load(parts_ptr + at, (k < CHUNKS)[:, None] & mask_c[None, :], 0.0)
-                total = tl.sum(total, 0)
-                tl.store(sums_ptr + (row + part * ROWS) * C + c, total, mask_c)
-                gain = weight
-                if scale_ptr is not None:
-                    at = scale_ptr + row * scale_stride_b + c.to(tl.int64) * scale_stride_c
-                    gain = gain * (1.0 + tl.load(at, mask_c, 0.0).to(tl.float32))
-                mean += tl.sum(gain * total, 0) / size
+        for first in range(0, CPG, BLOCK_C):
+            lane = first + tl.arange(0, BLOCK_C)
+            c = group * CPG + lane
+            mask_c = lane < CPG
+            weight = tl.load(weight_ptr + c, mask_c, 0.0).to(tl.float32)
+            for repeat in tl.static_range(REPEATS):
+                row = n + repeat * B
+                if row < ROWS:
+                    total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+                    for start in range(0, CHUNKS, BLOCK_K):
+                        k = start + tl.arange(0, BLOCK_K)
+                        at = (((row + part * ROWS) * CHUNKS + k) * C)[:, None] + c[None, :]
+                        total += tl.load(parts_ptr + at, (k < CHUNKS)[:, None] & mask_c[None, :], 0.0)
+                    total = tl.sum(total, 0)
+                    tl.store(sums_ptr + (row + part * ROWS) * C + c, total, mask_c)
+                    gain = weight
+                    if scale_ptr is not None:
+                        at_scale = scale_ptr + row * scale_stride_b + c.to(tl.int64) * scale_stride_c
+                        gain = gain * (1.0 + tl.load(at_scale, mask_c, 0.0).to(tl.float32))
+                    mean += tl.sum(gain * total, 0) / size
         tl.store(means_ptr + (n + part * B) * GROUPS + group, mean)
 
 
@@ -393,9 +395,9 @@ def _plan_fold_sums(norm: Norm, parts: Tensor, sums: Tensor, means: Tensor) -> P
         },
         constexprs={
             **{"C": norm.channels, "CPG": per_group, "REPEATS": 1 + (norm.rows > norm.b)},
-            **{"BLOCK_K": fold_block(chunks, per_group), "BLOCK_C": power_of_two(per_group)},
+            **fold_block(chunks, per_group),
         },
-        num_warps=1,
+        num_warps=FOLD_WARPS,
     )
 
 

@@ -9,6 +9,8 @@ from .._plan import Plan
 from .._tuning import channel_block, num_chunks, power_of_two, settings
 from .tile import address, addresses, flat, merge, pixel_offset, tile_statistics, vector
 
+FOLD_WARPS = 4
+
 
 @triton.jit
 def _statistics_kernel(
@@ -55,24 +57,26 @@ def _partial_sum(
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Over one tensor's chunks and its channels in a group: sum of count * (mean - pivot), or of M2 about the pivot"""
-    c = group * CPG + tl.arange(0, BLOCK_C)
-    mask_c = (tl.arange(0, BLOCK_C) < CPG) & (c >= C_START) & (c < C_START + C)
-    x_bias = tl.zeros((BLOCK_C,), tl.float32)
-    if x_bias_ptr is not None:
-        x_bias = tl.load(x_bias_ptr + c, mask_c, 0.0).to(tl.float32)
     P = tl.cdiv(HW, CHUNKS)
     total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    for start in range(0, CHUNKS, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        count = tl.maximum(tl.minimum(HW - k * P, P), 0).to(tl.float32)
-        mask = (count > 0)[:, None] & mask_c[None, :]
-        at = ((n * CHUNKS + k) * C)[:, None] + (c - C_START)[None, :]
-        delta = tl.where(mask, tl.load(stats_ptr + at, mask, 0.0) + x_bias[None, :] - pivot, 0.0)
-        if M2:
-            at = (((n + B) * CHUNKS + k) * C)[:, None] + (c - C_START)[None, :]
-            total += tl.load(stats_ptr + at, mask, 0.0) + count[:, None] * delta * delta
-        else:
-            total += count[:, None] * delta
+    for first in range(0, CPG, BLOCK_C):
+        lane = first + tl.arange(0, BLOCK_C)
+        c = group * CPG + lane
+        mask_c = (lane < CPG) & (c >= C_START) & (c < C_START + C)
+        x_bias = tl.zeros((BLOCK_C,), tl.float32)
+        if x_bias_ptr is not None:
+            x_bias = tl.load(x_bias_ptr + c, mask_c, 0.0).to(tl.float32)
+        for start in range(0, CHUNKS, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            count = tl.maximum(tl.minimum(HW - k * P, P), 0).to(tl.float32)
+            mask = (count > 0)[:, None] & mask_c[None, :]
+            at = ((n * CHUNKS + k) * C)[:, None] + (c - C_START)[None, :]
+            delta = tl.where(mask, tl.load(stats_ptr + at, mask, 0.0) + x_bias[None, :] - pivot, 0.0)
+            if M2:
+                at = (((n + B) * CHUNKS + k) * C)[:, None] + (c - C_START)[None, :]
+                total += tl.load(stats_ptr + at, mask, 0.0) + count[:, None] * delta * delta
+            else:
+                total += count[:, None] * delta
     return tl.sum(tl.sum(total, 1), 0)
 
 
@@ -133,9 +137,10 @@ def plan_statistics(x: Tensor, stats: Tensor) -> Plan:
     )
 
 
-def fold_block(chunks: int, per_group: int) -> int:
-    """Chunks of a tile of about 1,024 partial statistics"""
-    return max(1, min(power_of_two(chunks), 1024 // power_of_two(per_group)))
+def fold_block(chunks: int, per_group: int) -> dict[str, int]:
+    """Chunks and channels of a tile of at most 1,024 partial statistics"""
+    block_c = min(1024, power_of_two(per_group))
+    return {"BLOCK_K": max(1, min(power_of_two(chunks), 1024 // block_c)), "BLOCK_C": block_c}
 
 
 def plan_fold(
@@ -156,8 +161,7 @@ def plan_fold(
         },
         constexprs={
             **{"C1": c1, "C2": c2, "CPG": per_group},
-            "BLOCK_K": fold_block(chunks, per_group),
-            "BLOCK_C": power_of_two(per_group),
+            **fold_block(chunks, per_group),
         },
-        num_warps=1,
+        num_warps=FOLD_WARPS,
     )
