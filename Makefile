@@ -58,8 +58,9 @@ SHARDS ?= bench_sampler guided_step- q_sample- philox- residual-adm64 residual-a
 	$(foreach network,adm64 adm256,$(foreach batch,b16 b2 b128,$(foreach op,norm fused,$(op)-$(network)-$(batch)-)))
 gpu: gpu-tests gpu-bench
 
+TESTS ?= tests/test_gpu.py tests/kernels/test_capture.py $(sort $(wildcard tests/kernels/test_*.py))
 gpu-tests:
-	$(ON_GPU) pytest -m gpu tests/test_gpu.py tests/kernels
+	@status=0; for file in $(TESTS); do echo "$$file"; $(ON_GPU) pytest -q -m gpu "$$file" || status=1; done; exit $$status
 
 gpu-bench:
 	@status=0; for shard in $(SHARDS); do echo "$$shard"; \

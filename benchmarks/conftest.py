@@ -53,6 +53,8 @@ class Recorder:
         if commit is None:
             commit, found = git_state()
             dirty = found if state is None else dirty
+            if commit == "unknown" and config.getoption("--resume"):
+                raise pytest.UsageError("--resume must know what it resumes: git says no commit here, give --commit")
         self.origin: Row = {"commit": commit, "dirty": dirty}
         self.out = config.getoption("--results")
         self.resume = config.getoption("--resume")

@@ -165,7 +165,7 @@ def _sums(p: _Launch) -> Bytes:
 
 
 def _fold_sums(p: _Launch) -> Bytes:
-    small = p.B * p.C * item(p.weight) + 2 * p.ROWS * p.C * item(p.scale)
+    small = 2 * p.C * (p.B * item(p.weight) + p.ROWS * item(p.scale))
     return Bytes(nbytes(p.parts) + small, nbytes(p.sums, p.means))
 
 

@@ -281,6 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
     end = time.monotonic() + options.budget
     device, dtype = torch.device("cuda"), getattr(torch, options.dtype)
     commit, dirty = git_state() if options.commit is None else (options.commit, None)
+    if commit == "unknown":
+        parser.error("--commit must be given where git says none: what is measured keeps its commit")
     dirty = dirty if options.state is None else options.state == "dirty"
     cases = [case for case in gpu_cases() if options.only in case.id]
     if options.ops is not None:

@@ -181,10 +181,19 @@ def test_kernels_ask_for_what_was_written(tmp_path, monkeypatch: pytest.MonkeyPa
 
 def test_the_order_of_a_sum_is_one_for_all_batches() -> None:
     def places(kernel: str) -> set[str]:
-        return {_tuning.bucket(kernel, rows, 192, 4096, torch.float16) for rows in (1, 2, 16, 128)}
+        rule = {"BLOCK_P": 64}
+        return {_tuning.bucket(kernel, rows, 192, 4096, torch.float16, rule) for rows in (1, 2, 16, 128)}
 
     assert all(len(places(kernel)) == 1 for kernel in _tuning.SUMS)
     assert len(places("apply")) == 4
+
+
+def test_a_bucket_is_of_one_rule_and_of_one_size_of_element() -> None:
+    def place(dtype: torch.dtype, block: int) -> str:
+        return _tuning.bucket("residual", 2, 192, 4096, dtype, {"BLOCK_P": block})
+
+    assert place(torch.bfloat16, 64) == place(torch.float16, 64)
+    assert len({place(torch.float16, 64), place(torch.float16, 32), place(torch.float32, 64)}) == 3
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 IMPLS = ("auto", "triton", "reference")
@@ -29,7 +30,7 @@ def check_impl(impl: str, x: Tensor, name: str = "x", dtypes: tuple[torch.dtype,
         raise ValueError(
             f"impl='triton' needs {name} to be {' or '.join(map(str, dtypes))}, got {x.dtype}; use impl='reference'"
         )
-    if not (x.is_cuda or INTERPRETED or torch.compiler.is_compiling()):
+    if not (x.is_cuda or INTERPRETED):
         raise ValueError(f"impl='triton' needs {name} on a CUDA device, got {x.device}; use impl='reference'")
 
 
@@ -47,13 +48,19 @@ def _triton_or_warn() -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """True where the launcher can be called directly: nothing traces, and no gradient is asked for
+    """True where the launcher can be called directly: nothing traces, no derivative is asked for, memory is as it looks
 
     An op called through torch.library costs tens of microseconds more.
     """
     if torch.compiler.is_compiling():
         return False
     given = [tensor for tensor in tensors if tensor is not None]
+    # a launch, and an op of torch.library, would drop tangents without a word
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        raise NotImplementedError("there is no forward-mode derivative; the functions in reference.py have one")
+    # z.conj().imag is negative by a flag alone, which torch.library resolves
+    if any(tensor.is_neg() for tensor in given):
+        return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
     return all(type(tensor) in (Tensor, Parameter) for tensor in given)

@@ -1,8 +1,8 @@
 """Launch settings: a rule for every shape, and over it what was measured on a GPU of this name; nothing is timed here
 
 configs/<GPU name>.json holds {"settings": {kernel: {bucket: {setting: value}}}, ...}. The bucket of a shape rounds its
-rows and pixels up to powers of two. Settings change how fast a result comes and the order of a sum, except CHUNKS,
-which is a rule of the shape alone.
+rows and pixels up to powers of two. Settings change how fast a result comes and the order of a sum, as alignment and
+layout of the tensors do; CHUNKS is a rule of the shape alone.
 """
 
 import functools
@@ -50,8 +50,9 @@ def channel_block(channels: int) -> int:
     return min(64, power_of_two(channels))
 
 
-def bucket(kernel: str, rows: int, channels: int, pixels: int, dtype: torch.dtype) -> str:
-    place = f"{str(dtype).removeprefix('torch.')} C{channels} HW{power_of_two(pixels)}"
+def bucket(kernel: str, rows: int, channels: int, pixels: int, dtype: torch.dtype, rule: dict[str, int]) -> str:
+    """float16 and bfloat16 move the same bytes; the rule stands for the options and layout that it depends on"""
+    place = f"{8 * dtype.itemsize} bits C{channels} HW{power_of_two(pixels)} rule {'/'.join(map(str, rule.values()))}"
     return place if kernel in SUMS else f"{place} B{power_of_two(rows)}"
 
 
@@ -71,7 +72,7 @@ def settings(
     kernel: str, device: torch.device, rows: int, channels: int, pixels: int, dtype: torch.dtype, /, **rule: int
 ) -> dict[str, int]:
     """rule, with the values measured for this kernel and bucket on this GPU over it; other names are ignored"""
-    place = bucket(kernel, rows, channels, pixels, dtype)
+    place = bucket(kernel, rows, channels, pixels, dtype, rule)
     for observe in observers:
         observe(kernel, place, dict(rule))
     found = trial[kernel] if kernel in trial else _measured(device).get(kernel, {}).get(place, {})

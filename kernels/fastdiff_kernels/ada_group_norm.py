@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_int, check_pixels, check_shape
+from ._checks import FLOATS, check_device, check_dtype, check_int, check_pixels, check_resample, check_shape
 from ._impl import check_impl, plain, uses_triton
-
-RESAMPLES = (None, "down", "up")
 
 
 def _forward(
@@ -206,9 +204,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, x2, x_bias, weight, bias, scale, shift, *_, ctx.silu, ctx.resample, ctx.impl = inputs
     ctx.save_for_backward(x, x2, x_bias, weight, bias, scale, shift, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 14
     x, x2, x_bias, weight, bias, scale, shift, moments = ctx.saved_tensors
     wanted = dict(zip(("x", "x2", "x_bias", "weight", "bias", "scale", "shift"), ctx.needs_input_grad[:7], strict=True))
     need_dx = wanted["x"] or wanted["x2"] or wanted["x_bias"]
@@ -289,13 +290,15 @@ def ada_group_norm(
         check_dtype("x2", x2, (x.dtype,), "it must have x's dtype")
         c2 = x2.shape[1]
     c = c1 + c2
+    for name, channels in (("x", c1), ("x2", c2)):
+        if channels == 0 and (name == "x" or x2 is not None):
+            raise ValueError(f"{name} must have at least one channel, got none")
     check_int("groups", groups, 1)
     if c % groups:
         raise ValueError(f"groups must divide the {c} channels of x{' and x2' if c2 else ''}, got {groups}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
-    if resample not in RESAMPLES:
-        raise ValueError(f"resample must be None, 'down' or 'up', got {resample!r}")
+    check_resample(resample)
     if resample == "down" and (height % 2 or width % 2):
         raise ValueError(f"resample='down' needs an even height and width, got {height} x {width}")
     if (scale is None) != (shift is None):
@@ -326,6 +329,8 @@ def ada_group_norm(
         if of is None:
             raise ValueError("stats2 must be None without x2, got a tensor")
         check_shape(name, part, (2, b, "CHUNKS", channels), "see reference.chunk_statistics")
+        if part.shape[2] < 1:
+            raise ValueError(f"{name} must have at least one chunk, got {tuple(part.shape)}")
         check_dtype(name, part, (torch.float32, torch.promote_types(x.dtype, torch.float32)))
         check_device(name, part, x.device)
 

@@ -63,7 +63,7 @@ def _(
     dtype: torch.dtype,
     impl: str,
 ) -> Tensor:
-    return seeds.new_empty((len(seeds), *shape), dtype=dtype)
+    return seeds.new_empty((seeds.shape[0], *shape), dtype=dtype)
 
 
 def _call(

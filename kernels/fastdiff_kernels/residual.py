@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_pixels, check_shape
+from ._checks import FLOATS, check_device, check_dtype, check_pixels, check_resample, check_shape
 from ._impl import check_impl, plain, uses_triton
 from ._tuning import num_chunks
-
-RESAMPLES = (None, "down", "up")
 
 
 def _outputs(h: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
@@ -99,8 +97,7 @@ def residual(
     check_dtype("h", h, FLOATS)
     b, c, height, width = h.shape
     check_pixels("h", h)
-    if resample not in RESAMPLES:
-        raise ValueError(f"resample must be one of {', '.join(map(repr, RESAMPLES))}, got {resample!r}")
+    check_resample(resample)
     if not isinstance(stats, bool):
         raise TypeError(f"stats must be a bool, got {type(stats).__name__}")
     size, why = (height, width), ""
