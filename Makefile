@@ -17,8 +17,10 @@ setup: .venv/ready
 sample: setup
 	$(BIN)/fastdiff sample --out samples.png --force
 
+# two processes of one thread each: most tests are too small for more
+JOBS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# before torch: processes side by side must not each take every core
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -179,7 +179,7 @@ def test_steps_that_cannot_be_met(case):
         timesteps(steps, T)
 
 
-@pytest.mark.parametrize("steps", [True, {"a": 1}, [object()], ["x"]], ids=str)
+@pytest.mark.parametrize("steps", [True, {"a": 1}, [object()], ["x"]], ids=["bool", "dict", "object", "letters"])
 def test_steps_of_another_kind(steps):
     with pytest.raises((TypeError, ValueError), match="steps must be an int"):
         timesteps(steps, T)

@@ -210,7 +210,9 @@ def _plan_apply(norm: Norm, y: Tensor, moments: Tensor) -> Plan:
     pixels = norm.pixels // (4 if norm.resample == "down" else 1)
     # every program reads the small vectors: larger ones where there are enough
     rule = {"BLOCK_P": 64, "BLOCK_C": norm.block_c, "num_warps": 4}
-    if pixels <= 16 * 16 or not wide(vec, norm.x, norm.x2, y):
+    if not wide(vec, norm.x, norm.x2, y):
+        rule |= {"BLOCK_P": 16, "num_warps": 8}
+    elif pixels <= 16 * 16:
         rule["BLOCK_P"] = 32
     elif pixels >= 64 * 64:
         rule |= {"BLOCK_P": 128, "num_warps": 8}
@@ -233,7 +235,8 @@ def _plan_slab(norm: Norm, y: Tensor, moments: Tensor, eps: float) -> Plan:
     slab = slab_channels(norm.channels, norm.channels // moments.shape[2])
     # a cell of four pixels, where there is none of one
     block_p, block_c = max(4, power_of_two(norm.pixels)), power_of_two(slab)
-    warps = max(1, min(16, block_p * block_c // 1024))
+    held = 1024 if wide(vec, norm.x, norm.x2, y) else 256
+    warps = max(1, min(16, block_p * block_c // held))
     s = settings("slab", norm.x.device, norm.b, norm.channels, norm.pixels, norm.x.dtype, num_warps=warps)
     return Plan(
         kernel=_slab_kernel,

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._plan import Plan
 from .._tuning import num_chunks, power_of_two, settings
 from .norm import Norm, affine, block_of_both, channels_of, load_slab, moments_at, over_groups, slab_channels, slab_fits
-from .statistics import FOLD_WARPS, fold_block
+from .statistics import FOLD_PER_WARP, fold_block
 from .tile import address, addresses, flat, grid_offset, pixel_offset, vector, wide
 
 # two slabs, x and the gradient, share the registers
@@ -353,9 +353,10 @@ def plan_ada_group_norm_backward(
     chunks = num_chunks(norm.pixels)
     parts = torch.empty((2, norm.rows, chunks, norm.channels), dtype=torch.float32, device=x.device)
     means = torch.empty((2, norm.b, groups), dtype=torch.float32, device=x.device)
-    # four loads of the gradient a pixel, two rows of it, or many addresses need registers
-    crowded = resample == "up" or norm.rows > norm.b or not wide(vec, x, x2, g)
-    rule = {"BLOCK_P": 32 if crowded else 64, "BLOCK_C": norm.block_c, "num_warps": 4}
+    # four loads of the gradient a pixel, two rows of it, two tensors, or many addresses need registers
+    narrow = not wide(vec, x, x2, g)
+    crowded = resample == "up" or norm.rows > norm.b or x2 is not None or narrow
+    rule = {"BLOCK_P": 32 if crowded else 64, "BLOCK_C": norm.block_c, "num_warps": 8 if narrow else 4}
     s = settings("sums", *shape, **rule)
     plans = [
         Plan(
@@ -384,6 +385,7 @@ def plan_ada_group_norm_backward(
 def _plan_fold_sums(norm: Norm, parts: Tensor, sums: Tensor, means: Tensor) -> Plan:
     groups, chunks = means.shape[2], parts.shape[2]
     per_group = norm.channels // groups
+    tile = fold_block(chunks, per_group)
     scale_stride_b, scale_stride_c = (None, None) if norm.scale is None else norm.scale.stride()
     return Plan(
         kernel=_fold_sums_kernel,
@@ -395,9 +397,9 @@ def _plan_fold_sums(norm: Norm, parts: Tensor, sums: Tensor, means: Tensor) -> P
         },
         constexprs={
             **{"C": norm.channels, "CPG": per_group, "REPEATS": 1 + (norm.rows > norm.b)},
-            **fold_block(chunks, per_group),
+            **tile,
         },
-        num_warps=FOLD_WARPS,
+        num_warps=max(1, tile["BLOCK_K"] * tile["BLOCK_C"] // FOLD_PER_WARP),
     )
 
 

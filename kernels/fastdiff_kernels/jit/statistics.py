@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .._plan import Plan
 from .._tuning import channel_block, num_chunks, power_of_two, settings
-from .tile import address, addresses, flat, merge, pixel_offset, tile_statistics, vector
+from .tile import address, addresses, flat, merge, pixel_offset, tile_statistics, vector, wide
 
-FOLD_WARPS = 4
+# 16 a thread: with 8 ptxas settles on so few registers that it spills
+FOLD_PER_WARP = 512
 
 
 @triton.jit
@@ -125,9 +126,8 @@ def plan_statistics(x: Tensor, stats: Tensor) -> Plan:
     """stats (2, B, CHUNKS, C) fp32 of x, any number of chunks"""
     b, c, height, width = x.shape
     vec, chunks = vector(x), stats.shape[2]
-    s = settings(
-        "statistics", x.device, b, c, height * width, x.dtype, BLOCK_P=64, BLOCK_C=channel_block(c), num_warps=4
-    )
+    rule = {"BLOCK_P": 64, "BLOCK_C": channel_block(c), "num_warps": 4 if wide(vec, x) else 8}
+    s = settings("statistics", x.device, b, c, height * width, x.dtype, **rule)
     return Plan(
         kernel=_statistics_kernel,
         grid=(b * chunks * triton.cdiv(c, s["BLOCK_C"]),),
@@ -150,7 +150,7 @@ def plan_fold(
     b, groups = moments.shape[1:]
     c1, c2 = stats.shape[3], 0 if stats2 is None else stats2.shape[3]
     per_group = (c1 + c2) // groups
-    chunks = stats.shape[2] if stats2 is None else max(stats.shape[2], stats2.shape[2])
+    tile = fold_block(stats.shape[2] if stats2 is None else max(stats.shape[2], stats2.shape[2]), per_group)
     return Plan(
         kernel=_fold_kernel,
         grid=(b * groups,),
@@ -161,7 +161,7 @@ def plan_fold(
         },
         constexprs={
             **{"C1": c1, "C2": c2, "CPG": per_group},
-            **fold_block(chunks, per_group),
+            **tile,
         },
-        num_warps=FOLD_WARPS,
+        num_warps=max(1, tile["BLOCK_K"] * tile["BLOCK_C"] // FOLD_PER_WARP),
     )
