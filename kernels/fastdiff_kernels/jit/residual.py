@@ -86,7 +86,7 @@ def plan_residual(
     chunks = num_chunks(pixels) if stats is None else stats.shape[2]
     per_chunk = triton.cdiv(pixels, chunks)
     # elements of a program, and of a thread: what no target spills, a narrow access taking registers for its address
-    tile, held = 256 if resample == "down" else 1024, 4
+    tile, held = (256, 2) if resample == "down" else (1024, 4)
     if all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in (h, skip, y)):
         if vec * h.element_size() == ALIGNMENT:
             tile, held = 4096, 16 if resample == "down" else 4 * vec
