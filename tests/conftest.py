@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 WHY = "no CUDA or ROCm device"
+NO_TRITON = "triton is not installed"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -27,10 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if WHY in str(r.longrepr)]
+    every = terminalreporter.stats.get("skipped", [])
+    skipped = [r for r in every if WHY in str(r.longrepr)]
     terminalreporter.write_line(
         f"GPU tests skipped: {len(skipped)}" + (f" ({WHY})" if skipped else f" (device: {_device()})")
     )
+    if without := sum(NO_TRITON in str(r.longrepr) for r in every):
+        terminalreporter.write_line(f"Kernel tests skipped: {without} ({NO_TRITON})")
 
 
 def _device() -> str:

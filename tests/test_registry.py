@@ -27,7 +27,7 @@ from fastdiff.model import PRESETS, UNet
 from fastdiff.model.blocks import AdaGroupNorm, Stage
 from fastdiff_kernels._impl import HAS_TRITON
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="plans are built with triton")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed, and plans are built with it")
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -22,11 +22,11 @@ from fastdiff_kernels import (
     reference,
     residual,
 )
-from fastdiff_kernels._impl import HAS_TRITON, INTERPRETED
 from tests.kernels.counting import counting
+from tests.kernels.places import WHY_NOT
 
-if not (HAS_TRITON and INTERPRETED):
-    pytest.skip("triton is missing, or runs on a GPU here", allow_module_level=True)
+if WHY_NOT:
+    pytest.skip(WHY_NOT, allow_module_level=True)
 
 from triton.runtime.errors import InterpreterError
 

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--write needs every case, --pairwise leaves some out")
     if importlib.util.find_spec("triton") is None:
         print("aot: triton is not installed, so no kernel was built", file=sys.stderr)
-        return 0 if chosen.pairwise else 1
+        # the check goes on only where triton cannot be had
+        return 0 if chosen.pairwise and sys.platform != "linux" else 1
     from .cases import OPS
     from .gate import run
 

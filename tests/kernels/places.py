@@ -27,7 +27,10 @@ class Place:
 
 
 REFERENCE = pytest.param(Place("reference", "cpu", "reference"), id="reference")
-NO_INTERPRETER = pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="triton is missing, or runs on a GPU here")
+# why no kernel is interpreted here, if so; nothing where kernels are
+WHY_NOT = "" if HAS_TRITON and INTERPRETED else "triton runs on a GPU here" if HAS_TRITON else "triton is not installed"
+NO_INTERPRETER = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+NO_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 INTERPRETER = pytest.param(Place("interpreter", "cpu", "triton"), id="interpreter", marks=NO_INTERPRETER)
 GPU = pytest.param(Place("gpu", "cuda", "triton"), id="gpu", marks=pytest.mark.gpu)
 PATHS = [

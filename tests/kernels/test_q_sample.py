@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from counting import counting
-from places import GPU, INTERPRETER, NO_INTERPRETER
+from places import GPU, INTERPRETER, NO_INTERPRETER, NO_TRITON
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -510,7 +510,7 @@ def test_errors_name_the_argument(case):
     q_sample(**valid | SEEDED)
 
 
-@NO_INTERPRETER
+@NO_TRITON
 def test_float64_has_no_kernel():
     with pytest.raises(ValueError, match=r"impl='triton' needs x0 to be .* got torch.float64; use impl='reference'"):
         q_sample(**inputs((2, 3, 4, 4), torch.float64), impl="triton")

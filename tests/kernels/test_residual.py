@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from counting import counting
-from places import GPU, INTERPRETER, NO_INTERPRETER
+from places import GPU, INTERPRETER, NO_INTERPRETER, NO_TRITON
 from torch import Tensor
 
 from fastdiff_kernels import reference, residual
@@ -547,7 +547,7 @@ def test_errors_name_the_argument(case):
     residual(**valid)
 
 
-@NO_INTERPRETER
+@NO_TRITON
 def test_float64_has_no_kernel():
     op = draw((2, 6, 4, 4), dtype=torch.float64)
     with pytest.raises(ValueError, match=r"impl='triton' needs h to be .* got torch.float64; use impl='reference'"):
