@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from guided_step_cases import Step
 from places import GPU, INTERPRETER, REFERENCE, Place
 
 
@@ -14,3 +15,8 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pl
         monkeypatch.setattr(ada_group_norm, "SLAB_ELEMENTS", 0)
         monkeypatch.setattr(ada_group_norm_backward, "SLAB_ELEMENTS", 0)
     return request.param
+
+
+@pytest.fixture
+def step(place: Place) -> Step:
+    return Step(place.device, place.impl)

@@ -1,63 +1,23 @@
 """residual against float64 formulas that share no code with it, and its statistics against loops over the chunks"""
 
-import io
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from counting import counting
-from places import GPU, INTERPRETER, NO_INTERPRETER, NO_TRITON
+from places import GPU, INTERPRETER, NO_INTERPRETER
+from residual_cases import FACTOR, LAYOUTS, RESAMPLE, draw, formula, upstream_of
 from torch import Tensor
 
 from fastdiff_kernels import reference, residual
 from fastdiff_kernels._tuning import num_chunks
 
-NAN = float("nan")
 KERNEL = pytest.mark.parametrize("place", [INTERPRETER, GPU])  # the reference has no plan
 BF16 = pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.gpu)
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16"), BF16]
 MANTISSA = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 SHAPES = [(2, 3, 4, 6), (1, 1, 8, 8), (2, 5, 2, 2), (2, 24, 8, 8), (1, 42, 16, 16)]
 ODD_SHAPES = [(2, 1, 3, 5), (2, 5, 7, 3), (3, 24, 3, 5), (1, 42, 1, 1), (1, 3, 65, 2)]
-FACTOR = {None: (1, 1), "down": (2, 1), "up": (1, 2)}
-RESAMPLE = pytest.mark.parametrize("resample", FACTOR, ids=["plain", "down", "up"])
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "batch_inside": lambda x: x.permute(1, 0, 3, 2).contiguous().permute(1, 0, 3, 2),
-    "batch_innermost": lambda x: x.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
-}
-OP = torch.ops.fastdiff_kernels.residual.default
-
-
-def draw(
-    shape, resample=None, dtype=torch.float32, *, layout="channels_last", seed=0, mean=0.0, device="cpu"
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    b, c, h, w = shape
-    times, part = FACTOR[resample]
-    shapes = {"h": shape, "bias": (c,), "skip": (b, c, h * times // part, w * times // part)}
-    operands = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in shapes.items()}
-    operands["h"] += mean
-    for name in ("h", "skip"):
-        operands[name] = LAYOUTS[layout](operands[name].to(dtype)).to(device)
-    operands["bias"] = operands["bias"].float().to(device)
-    return operands
-
-
-def upstream_of(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y)
-
-
-def formula(h: Tensor, bias: Tensor | None, skip: Tensor, resample: str | None) -> Tensor:
-    """In float64 by torch's own resampling"""
-    h, skip = h.double(), skip.double()
-    if resample == "down":
-        skip = F.avg_pool2d(skip, 2)
-    elif resample == "up":
-        skip = F.interpolate(skip, scale_factor=2.0, mode="nearest")
-    return h + skip if bias is None else h + bias.double()[None, :, None, None] + skip
+NAN = float("nan")
 
 
 def by_chunk(y: Tensor, chunks: int) -> np.ndarray:
@@ -419,136 +379,3 @@ def test_empty(place, shape, resample):
     assert torch.equal(stats, torch.zeros(2, shape[0], num_chunks(shape[2] * shape[3]), shape[1], device=place.device))
     y.backward(torch.ones_like(y))
     assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in op.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@RESAMPLE
-def test_opcheck(resample, layout, dtype):
-    op = draw((2, 3, 8, 10), resample, dtype, layout=layout)
-    for needs_grad, stats in ((True, True), (False, False)):
-        operands = [value.clone().requires_grad_(needs_grad) for value in op.values()]
-        torch.library.opcheck(OP, (*operands, resample, stats, "auto"))
-
-
-def test_opcheck_without_bias_on_views():
-    base = torch.randn(3, 8, 9, 10)
-    torch.library.opcheck(OP, (base[1:, 1:4, 1:5, ::2], None, base[1:, 4:7, 1:5, 1::2], None, True, "auto"))
-    torch.library.opcheck(OP, (base[:1].expand(4, 8, 9, 10), None, base[:1].expand(4, 8, 9, 10), None, True, "auto"))
-
-
-@RESAMPLE
-def test_torch_compile_traces_it_whole(place, resample):
-    op = draw((2, 6, 8, 10), resample, device=place.device)
-    names = tuple(op)
-
-    def function(*operands: Tensor) -> tuple[Tensor, Tensor]:
-        given = dict(zip(names, operands, strict=True))
-        y, stats = residual(**given, resample=resample, impl=place.impl)
-        return y * 2, stats + 1
-
-    leaves = [value.requires_grad_() for value in op.values()]
-    upstream = upstream_of(op["h"])
-    results = []
-    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
-        y, stats = call(*leaves)
-        results.append((y, stats, *torch.autograd.grad(y, leaves, upstream)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-5)
-
-
-class Block(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = torch.nn.Parameter(torch.randn(6))
-
-    def forward(self, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor | None]:
-        return residual(h, self.bias, skip, resample="up")
-
-
-def test_torch_export_round_trip():
-    op, block = draw((2, 6, 8, 10), "up"), Block()
-    file = io.BytesIO()
-    torch.export.save(torch.export.export(block, (op["h"], op["skip"])), file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for got, want in zip(loaded(op["h"], op["skip"]), block(op["h"], op["skip"]), strict=True):
-        assert torch.equal(got, want) and got.stride() == want.stride()
-
-
-ERRORS = {
-    "h_list": ({"h": [1.0]}, TypeError, "h must be a torch.Tensor, got list"),
-    "h_3d": ({"h": torch.zeros(2, 6, 4)}, ValueError, r"h must have shape \(B, C, H, W\), got \(2, 6, 4\)"),
-    "h_int": ({"h": torch.zeros(2, 6, 4, 4).long()}, TypeError, "h must be .* got torch.int64"),
-    "h_pixels": (
-        {"h": torch.zeros(1, 1, 1, 1).expand(1, 1, 1 << 15, 1 << 15)},
-        ValueError,
-        r"h must have fewer than 2\^30 pixels an image, got 32768 x 32768",
-    ),
-    "skip_none": ({"skip": None}, TypeError, "skip must be a torch.Tensor, got NoneType"),
-    "skip_shape": (
-        {"skip": torch.zeros(2, 6, 4, 5)},
-        ValueError,
-        r"skip must have shape \(2, 6, 4, 4\), got \(2, 6, 4",
-    ),
-    "skip_down": (
-        {"resample": "down"},
-        ValueError,
-        r"skip must have shape \(2, 6, 8, 8\), got \(2, 6, 4, 4\); resample='down' halves it",
-    ),
-    "skip_up": (
-        {"resample": "up"},
-        ValueError,
-        r"skip must have shape \(2, 6, 2, 2\), got \(2, 6, 4, 4\); resample='up' doubles it",
-    ),
-    "h_odd_up": (
-        {"h": torch.zeros(2, 6, 4, 3), "resample": "up"},
-        ValueError,
-        "h must have even height and width for resample='up', got 4 x 3",
-    ),
-    "resample": ({"resample": "left"}, ValueError, "resample must be one of None, 'down', 'up', got 'left'"),
-    "stats_int": ({"stats": 1}, TypeError, "stats must be a bool, got int"),
-    "skip_dtype": (
-        {"skip": torch.zeros(2, 6, 4, 4).half()},
-        TypeError,
-        "skip must be torch.float32, got torch.float16; it must have h's dtype",
-    ),
-    "skip_device": (
-        {"skip": torch.zeros(2, 6, 4, 4, device="meta")},
-        ValueError,
-        "skip must be on the device of h, cpu, got meta",
-    ),
-    "bias_shape": ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
-    "bias_dtype": ({"bias": torch.zeros(6).half()}, TypeError, "bias must be torch.float32, got torch.float16"),
-    "bias_of_bf16": (
-        {
-            "h": torch.zeros(2, 6, 4, 4).bfloat16(),
-            "skip": torch.zeros(2, 6, 4, 4).bfloat16(),
-            "bias": torch.zeros(6).half(),
-        },
-        TypeError,
-        "bias must be torch.bfloat16 or torch.float32, got torch.float16",
-    ),
-    "bias_device": (
-        {"bias": torch.zeros(6, device="meta")},
-        ValueError,
-        "bias must be on the device of h, cpu, got meta",
-    ),
-    "impl": ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'triton', 'reference', got 'cuda'"),
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_errors_name_the_argument(case):
-    change, kind, message = ERRORS[case]
-    valid = draw((2, 6, 4, 4))
-    with pytest.raises(kind, match=message):
-        residual(**{**valid, **change})
-    residual(**valid)
-
-
-@NO_TRITON
-def test_float64_has_no_kernel():
-    op = draw((2, 6, 4, 4), dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"impl='triton' needs h to be .* got torch.float64; use impl='reference'"):
-        residual(**op, impl="triton")
