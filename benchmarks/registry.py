@@ -105,6 +105,7 @@ def norm_plans(site: Site, rows: int, dtype: torch.dtype) -> list[Plan]:
     """The launches at a site, from tensors without memory"""
     from fastdiff_kernels._tuning import num_chunks
     from fastdiff_kernels.jit.ada_group_norm import plan_ada_group_norm
+    from fastdiff_kernels.jit.norm import Norm
 
     pixels, factor = site.side**2, {"up": 2.0, "down": 0.5, None: 1.0}[site.resample]
     out_side = int(site.side * factor)
@@ -121,22 +122,19 @@ def norm_plans(site: Site, rows: int, dtype: torch.dtype) -> list[Plan]:
     assert x is not None and y is not None
     vector = _meta(site.channels, dtype=dtype)
     modulation = _meta(rows, site.channels, dtype=dtype) if site.modulated else None
-    return plan_ada_group_norm(
+    norm = Norm(
         x=x,
         x2=activation(c2, site.side),
-        y=y,
-        moments=_meta(2, rows, site.groups),
         x_bias=vector if site.folded else None,
         weight=vector,
         bias=vector,
         scale=modulation,
         shift=modulation,
-        stats=statistics(c1, site.stats),
-        stats2=statistics(c2, site.stats2),
-        eps=1e-5,
         silu=site.silu,
         resample=site.resample,
     )
+    made = statistics(c1, site.stats), statistics(c2, site.stats2)
+    return plan_ada_group_norm(norm, y, _meta(2, rows, site.groups), 1e-5, *made)
 
 
 def residual_plan(block: Block, rows: int, dtype: torch.dtype) -> Plan:

@@ -30,12 +30,12 @@ def _forward(
     """y, and (2, B, groups) of each group's mean and 1 / sqrt(var + eps) for the backward pass"""
     if uses_triton(impl, x):
         from .jit.ada_group_norm import plan_ada_group_norm
+        from .jit.norm import Norm
 
         y, moments = _outputs(x, x2, scale, groups, resample)
         weight, bias, x_bias, stats, stats2 = _dense(weight, bias, x_bias, stats, stats2)
-        for plan in plan_ada_group_norm(
-            x, x2, y, moments, x_bias, weight, bias, scale, shift, stats, stats2, eps, silu, resample
-        ):
+        norm = Norm(x, x2, x_bias, weight, bias, scale, shift, silu, resample)
+        for plan in plan_ada_group_norm(norm, y, moments, eps, stats, stats2):
             plan.launch()
         return y, moments
     whole = _whole(x, x2, x_bias)
@@ -116,34 +116,21 @@ def _backward(
     """
     c = x.shape[1] + (0 if x2 is None else x2.shape[1])
     if uses_triton(impl, x):
-        dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-        dx2 = torch.empty_like(x2) if need_dx and x2 is not None else x.new_empty(0)
         from .jit.ada_group_norm_backward import dx_blocks, plan_ada_group_norm_backward
+        from .jit.norm import Norm
 
         weight, bias, x_bias = _dense(weight, bias, x_bias)
+        norm = Norm(x, x2, x_bias, weight, bias, scale, shift, silu, resample)
         sums = moments.new_empty((2, len(g), c))
+        dx = torch.empty_like(x) if need_dx else None
+        dx2 = torch.empty_like(x2) if need_dx and x2 is not None else None
         dx_sums = None
         if need_dx and x_bias is not None:
             dx_sums = moments.new_empty((len(x), dx_blocks(x, x2, moments.shape[2]), c))
-        for plan in plan_ada_group_norm_backward(
-            x,
-            x2,
-            g,
-            dx if need_dx else None,
-            dx2 if need_dx and x2 is not None else None,
-            dx_sums,
-            sums,
-            moments,
-            x_bias,
-            weight,
-            bias,
-            scale,
-            shift,
-            silu,
-            resample,
-        ):
+        for plan in plan_ada_group_norm_backward(norm, g, moments, sums, dx, dx2, dx_sums):
             plan.launch()
-        return dx, dx2, moments.new_empty(0) if dx_sums is None else dx_sums.sum((0, 1)), sums
+        dx_bias = moments.new_empty(0) if dx_sums is None else dx_sums.sum((0, 1))
+        return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dx2 is None else dx2, dx_bias, sums
     whole = _whole(x, x2, x_bias)
     b, rows, groups = len(x), len(g), moments.shape[2]
     mean, rstd = (reference.spread(moment, whole) for moment in moments)

@@ -1,6 +1,7 @@
 """Counter-based noise: the same numbers on every device, at every batch size, in any order"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,15 +55,8 @@ _philox_op = torch.library.custom_op("fastdiff_kernels::philox", _philox, mutate
 
 
 @_philox_op.register_fake
-def _(
-    seeds: Tensor,
-    shape: Sequence[int],
-    draw: Tensor | None,
-    draw_value: int,
-    stream: int,
-    dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
+def _(seeds: Tensor, shape: Sequence[int], *rest: Any) -> Tensor:
+    dtype, _impl = rest[-2:]
     return seeds.new_empty((seeds.shape[0], *shape), dtype=dtype)
 
 

@@ -49,18 +49,8 @@ _q_sample_op = torch.library.custom_op("fastdiff_kernels::q_sample", _q_sample, 
 
 
 @_q_sample_op.register_fake
-def _(
-    x0: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    draw: Tensor | None,
-    draw_value: int,
-    prediction: str,
-    dtype: torch.dtype,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _(x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype, _impl = rest[-2:]
     return _outputs(x0, dtype)
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch import Tensor
 from fastdiff_kernels._plan import ALIGNMENT, Plan
 
 from .covering import covering, product
+
+if TYPE_CHECKING:
+    from fastdiff_kernels.jit.norm import Norm
 
 WIDE = 128
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int64": torch.int64}
@@ -352,25 +355,13 @@ NORM: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Norm:
-    """Operands of ada_group_norm; modulation "rows" is that of twice as many rows as x has"""
-
-    x: Tensor
-    x2: Tensor | None
-    y: Tensor
-    moments: Tensor
-    x_bias: Tensor | None
-    weight: Tensor
-    bias: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
-
-
 def norm(
-    new: New, dtype: str, channels: str, image: str, layout: str, two: bool, modulation: str, x_bias: bool,
+    new: New, dtype: str, channels: str, image: str, layout: str, two: bool, modulation: str, x_bias: bool, silu: bool,
     resample: str | None, place: str,
-) -> Norm:  # fmt: skip
+) -> tuple[Norm, Tensor, Tensor]:  # fmt: skip
+    """The inputs of a launch, y and the moments; modulation "rows" is that of twice as many rows as x has"""
+    from fastdiff_kernels.jit.norm import Norm
+
     c, groups = (int(part) for part in channels.split("/"))
     c1 = WIDTHS[channels] if two else c
     height, width = sizes(image)
@@ -380,17 +371,18 @@ def norm(
     parameters = "fp32" if modulation == "fp32" else dtype
     # scale and shift are halves of a wider matrix
     mod = None if modulation == "none" else new(rows, 4 * c, dtype=parameters)
-    return Norm(
-        images(new, place, b, c1, (height, width), dtype, layout),
-        images(new, place, b, c - c1, (height, width), dtype, layout) if two else None,
-        images(new, place, rows, c, out, dtype, layout),
-        new(2, b, groups),
-        new(c, dtype=parameters) if x_bias else None,
-        new(c, dtype=parameters),
-        new(c, dtype=parameters),
-        None if mod is None else mod[:, c : 2 * c],
-        None if mod is None else mod[:, 2 * c : 3 * c],
+    inputs = Norm(
+        x=images(new, place, b, c1, (height, width), dtype, layout),
+        x2=images(new, place, b, c - c1, (height, width), dtype, layout) if two else None,
+        x_bias=new(c, dtype=parameters) if x_bias else None,
+        weight=new(c, dtype=parameters),
+        bias=new(c, dtype=parameters),
+        scale=None if mod is None else mod[:, c : 2 * c],
+        shift=None if mod is None else mod[:, 2 * c : 3 * c],
+        silu=silu,
+        resample=resample,
     )
+    return inputs, images(new, place, rows, c, out, dtype, layout), new(2, b, groups)
 
 
 def tiles(plan: Plan, resample: str | None) -> dict[str, int]:
@@ -404,34 +396,29 @@ def tiles(plan: Plan, resample: str | None) -> dict[str, int]:
 
 
 @op(strength=3, stats=(False, True), **NORM)
-def ada_group_norm(new: New, silu: bool, resample: str | None, stats: bool, **factors: Any) -> Iterator[Build]:
+def ada_group_norm(new: New, resample: str | None, stats: bool, **factors: Any) -> Iterator[Build]:
     from fastdiff_kernels.jit.ada_group_norm import new_statistics, plan_ada_group_norm
 
-    given = norm(new, resample=resample, **factors)
-    plans = plan_ada_group_norm(
-        given.x, given.x2, given.y, given.moments, given.x_bias, given.weight, given.bias, given.scale, given.shift,
-        new_statistics(given.x) if stats else None,
-        new_statistics(given.x2) if stats and given.x2 is not None else None,
-        1e-5, silu, resample,
-    )  # fmt: skip
-    for plan in plans:
+    inputs, y, moments = norm(new, resample=resample, **factors)
+    made = [new_statistics(x) if stats and x is not None else None for x in (inputs.x, inputs.x2)]
+    for plan in plan_ada_group_norm(inputs, y, moments, 1e-5, *made):
         yield wide(plan, "x", "x2", "y", tile=tiles(plan, resample))
 
 
 @op(strength=3, dx=(True, False), **NORM)
-def ada_group_norm_backward(new: New, silu: bool, resample: str | None, dx: bool, **factors: Any) -> Iterator[Build]:
+def ada_group_norm_backward(new: New, resample: str | None, dx: bool, **factors: Any) -> Iterator[Build]:
     from fastdiff_kernels.jit.ada_group_norm_backward import dx_blocks, plan_ada_group_norm_backward
 
-    given = norm(new, resample=resample, **factors)
-    x, x2 = given.x, given.x2
-    (b, c), groups = (len(x), given.y.shape[1]), given.moments.shape[2]
+    inputs, g, moments = norm(new, resample=resample, **factors)
+    x, x2, c = inputs.x, inputs.x2, g.shape[1]
     plans = plan_ada_group_norm_backward(
-        x, x2, given.y,
+        inputs,
+        g,
+        moments,
+        new(2, len(g), c),
         torch.empty_like(x) if dx else None,
         torch.empty_like(x2) if dx and x2 is not None else None,
-        new(b, dx_blocks(x, x2, groups), c) if dx and given.x_bias is not None else None,
-        new(2, len(given.y), c),
-        given.moments, given.x_bias, given.weight, given.bias, given.scale, given.shift, silu, resample,
-    )  # fmt: skip
+        new(len(x), dx_blocks(x, x2, moments.shape[2]), c) if dx and inputs.x_bias is not None else None,
+    )
     for plan in plans:
         yield wide(plan, "x", "x2", "g", "dx", "dx2", tile=tiles(plan, resample))

@@ -175,23 +175,10 @@ def _slab_kernel(
 
 
 def plan_ada_group_norm(
-    x: Tensor,
-    x2: Tensor | None,
-    y: Tensor,
-    moments: Tensor,
-    x_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    stats: Tensor | None,
-    stats2: Tensor | None,
-    eps: float,
-    silu: bool,
-    resample: str | None,
+    norm: Norm, y: Tensor, moments: Tensor, eps: float, stats: Tensor | None = None, stats2: Tensor | None = None
 ) -> list[Plan]:
     """The launches in order; y (ROWS, C, H', W') and moments (2, B, groups) fp32 are written"""
-    norm = Norm(x, x2, x_bias, weight, bias, scale, shift, silu, resample)
+    x, x2, x_bias = norm.x, norm.x2, norm.x_bias
     elements = SLAB_ELEMENTS if wide(vector(x, x2, y), x, x2, y) else SLAB_ELEMENTS // 4
     if slab_fits(norm.channels, norm.channels // moments.shape[2], norm.pixels, elements):
         return [_plan_slab(norm, y, moments, eps)]

@@ -313,25 +313,16 @@ def _slab_backward_kernel(
 
 
 def plan_ada_group_norm_backward(
-    x: Tensor,
-    x2: Tensor | None,
+    norm: Norm,
     g: Tensor,
+    moments: Tensor,
+    sums: Tensor,
     dx: Tensor | None,
     dx2: Tensor | None,
     dx_sums: Tensor | None,
-    sums: Tensor,
-    moments: Tensor,
-    x_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    resample: str | None,
 ) -> list[Plan]:
     """The launches in order; they write sums (2, ROWS, C) fp32, and dx, dx2 and dx_sums (B, dx_blocks, C) if given"""
-    norm = Norm(x, x2, x_bias, weight, bias, scale, shift, silu, resample)
-    groups = moments.shape[2]
+    x, x2, groups = norm.x, norm.x2, moments.shape[2]
     vec = vector(x, x2, g, dx, dx2)
     reads = {**norm.arguments(vec), **address("g", g, vec), "moments_ptr": moments}
     writes = {**address("dx", dx, vec), **address("dx2", dx2, vec), "dx_sums_ptr": dx_sums}
@@ -355,7 +346,7 @@ def plan_ada_group_norm_backward(
     means = torch.empty((2, norm.b, groups), dtype=torch.float32, device=x.device)
     # four loads of the gradient a pixel, two rows of it, two tensors, or many addresses need registers
     narrow = not wide(vec, x, x2, g)
-    crowded = resample == "up" or norm.rows > norm.b or x2 is not None or narrow
+    crowded = norm.resample == "up" or norm.rows > norm.b or x2 is not None or narrow
     rule = {"BLOCK_P": 32 if crowded else 64, "BLOCK_C": norm.block_c, "num_warps": 8 if narrow else 4}
     s = settings("sums", *shape, **rule)
     plans = [
