@@ -129,6 +129,15 @@ def test_a_handed_statistic_saves_a_launch() -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_site_computes_the_statistics_that_nobody_hands_in(name: str) -> None:
+    for site in norm_sites(name):
+        plans = [plan.name for plan in norm_plans(site, 2, torch.float16)]
+        wanted = [not site.stats] + [not site.stats2] * (site.split is not None)
+        assert plans == ["slab"] or plans == ["statistics"] * sum(wanted) + ["fold", "apply"], site
+
+
+@needs_triton
 def test_the_table_is_printed_and_stored(tmp_path, capsys) -> None:
     main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out
