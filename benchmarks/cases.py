@@ -101,13 +101,13 @@ class _Draw:
 
 
 def _passes_twice(channels: int, groups: int, pixels: int) -> bool:
-    """Whether x is too large for a slab on chip, and read once more for statistics that nobody hands in"""
+    """Whether no slab of x fits on chip, so that it is read once more for statistics that nobody hands in"""
     if not HAS_TRITON:
         return False
     from fastdiff_kernels.jit.ada_group_norm import SLAB_ELEMENTS
-    from fastdiff_kernels.jit.norm import slab_fits
+    from fastdiff_kernels.jit.norm import slab_elements
 
-    return not slab_fits(channels, channels // groups, pixels, SLAB_ELEMENTS)
+    return slab_elements(channels, channels // groups, pixels) > SLAB_ELEMENTS
 
 
 def _norm(site: Site, batch: int, generator: torch.Generator, dtype: torch.dtype) -> Work:

@@ -138,6 +138,21 @@ def test_a_site_computes_the_statistics_that_nobody_hands_in(name: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_batch_of_two_gives_every_multiprocessor_a_program(name: str) -> None:
+    """But for the fold of a few numbers, and images of 16 x 16 and less, which have little to divide"""
+    grids = {
+        (plan.name, site): plan.grid[0]
+        for norm in norm_sites(name)
+        for site in (norm.plain, norm.fused)
+        for plan in norm_plans(site, 2, torch.float16)
+        if plan.name != "fold" and site.side > 16
+    }
+    grids |= {("residual", b): residual_plan(b, 2, torch.float16).grid[0] for b in blocks(name) if b.out_side > 16}
+    assert len(grids) > 10 and min(grids.values()) >= 132, sorted(grids.items(), key=lambda item: item[1])[0]
+
+
+@needs_triton
 def test_the_table_is_printed_and_stored(tmp_path, capsys) -> None:
     main(["--out", str(tmp_path)])
     printed = capsys.readouterr().out

@@ -19,6 +19,9 @@ CONFIGS = Path(__file__).parent / "configs"
 # kernels that sum over pixels: an image's result may not depend on how many come with it, so all batches share a bucket
 SUMS = frozenset({"statistics", "residual", "slab", "sums", "dx", "slab_backward"})
 
+# that two images, one doubled for guidance, should have of a kernel: the multiprocessors of an H100
+PROGRAMS = 132
+
 observers: list[Callable[[str, str, dict[str, int]], None]] = []
 """Called with kernel, bucket and rule whenever settings are asked for: what the tuner learns its candidates from"""
 
@@ -43,9 +46,13 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def channel_block(channels: int) -> int:
-    """Channels of a program: 64, or 32 where only that divides, so that no lane is masked; fewer for narrow tensors"""
-    if channels % 64 and channels % 32 == 0:
+def channel_block(channels: int, tiles: int = PROGRAMS) -> int:
+    """Channels of a program: 64, or 32 where only that divides, so that no lane is masked; fewer for narrow tensors
+
+    tiles: programs of an image beside one another in its pixels; where 64 channels make too few programs, 32.
+    """
+    few = 2 * tiles * -(-channels // 64) < PROGRAMS
+    if channels % 32 == 0 and (channels % 64 or few):
         return 32
     return min(64, power_of_two(channels))
 

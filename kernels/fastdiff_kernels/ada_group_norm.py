@@ -254,12 +254,12 @@ def ada_group_norm(
                both or neither, ROWS in [B, 2B]; stats (2, B, CHUNKS, C1) and stats2 (2, B, CHUNKS2, C2), see
                reference.chunk_statistics; any strides. y (ROWS, C1 + C2, H', W') in
                the layout of x, any layout being right and channels_last fast.
-    Program:   where a slab of whole groups fits on chip, (b, slab), one launch; else chunks of pixels and blocks of
-               channels: statistics (left out where given), fold, apply. The choice and the order of sums depend on the
-               shape of one image only: deterministic, and the same for every batch size.
+    Program:   up to 256 pixels, where a slab of whole groups fits on chip, (b, slab), one launch; else chunks of pixels
+               and blocks of channels: statistics (left out where given), fold, apply. The choice and the order of sums
+               depend on the shape of one image only: deterministic, and the same for every batch size.
     Precision: x float16, bfloat16, float32 or float64; the others x.dtype or float32. Statistics by two passes and
                affine in fp32 (fp64 for fp64 x), one rounding at the end.
-    Traffic:   1 read and 1 write where a slab fits or statistics are given, else 2 reads and 1 write. No activation
+    Traffic:   1 read and 1 write in one launch or where statistics are given, else 2 reads and 1 write. No activation
                but x is kept for the backward pass, which is 2 reads and 1 write, or 4 reads and 1 write; once
                differentiable.
     Reference: reference.ada_group_norm

@@ -179,16 +179,17 @@ def test_one_group_and_a_group_a_channel(place):
     check(Case(per_group=1, groups=12, second=3, x_bias=True), torch.float32, place)
 
 
-# where a slab no longer fits: 32 lanes of 1,024 pixels, and 64 of 512
-@pytest.mark.parametrize(("per_group", "size"), [(6, (24, 25)), (64, (17, 17))], ids=str)
+# more than 256 pixels, of few channels and of many
+@pytest.mark.parametrize(("per_group", "size"), [(8, (16, 17)), (6, (24, 25)), (64, (17, 17))], ids=str)
 def test_large_images_take_the_split_path(place, launched, per_group, size):
     check(Case(per_group=per_group, groups=4, b=1, size=size), torch.float32, place)
     if place.impl == "triton":
         assert launched == ["statistics", "fold", "apply", "sums", "fold_sums", "dx"]
 
 
-def test_small_images_take_one_launch_each_way(place, launched):
-    check(Case(per_group=24, groups=4, size=(8, 8)), torch.float32, place)
+@pytest.mark.parametrize(("per_group", "size"), [(24, (8, 8)), (8, (16, 16))], ids=str)
+def test_small_images_take_one_launch_each_way(place, launched, per_group, size):
+    check(Case(per_group=per_group, groups=4, size=size), torch.float32, place)
     assert launched == (["slab", "slab_backward"] if place.impl == "triton" else [])
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._plan import Plan
-from .._tuning import power_of_two, settings
+from .._tuning import PROGRAMS, power_of_two, settings
 from .norm import Norm, affine, channels_of, load_slab, moments_at, over_groups, slab_channels, slab_fits
 from .statistics import new_statistics, plan_fold, plan_statistics
 from .tile import address, addresses, flat, grid_offset, pixel_offset, silu, vector, wide
@@ -203,6 +203,11 @@ def _plan_apply(norm: Norm, y: Tensor, moments: Tensor) -> Plan:
         rule["BLOCK_P"] = 32
     elif pixels >= 64 * 64:
         rule |= {"BLOCK_P": 128, "num_warps": 8}
+    blocks_c, least = norm.blocks_c(norm.block_c), max(16, 1024 // norm.block_c)
+    while rule["BLOCK_P"] > least and 2 * triton.cdiv(pixels, rule["BLOCK_P"]) * blocks_c < PROGRAMS:
+        rule["BLOCK_P"] //= 2
+        # 16 bytes for each of 64 threads
+        rule["num_warps"] = min(rule["num_warps"], rule["BLOCK_P"] * norm.block_c // 512)
     s = settings("apply", norm.x.device, norm.b, norm.channels, pixels, norm.x.dtype, **rule)
     return Plan(
         kernel=_apply_kernel,

@@ -11,6 +11,9 @@ from torch import Tensor
 from .._tuning import channel_block, power_of_two
 from .tile import address, addresses, grid_offset
 
+# one launch up to here; a larger image has work for every multiprocessor of a GPU, which its few slabs would not give
+SLAB_PIXELS = 16 * 16
+
 
 @triton.jit
 def affine(
@@ -88,8 +91,14 @@ def slab_channels(channels: int, per_group: int) -> int:
     return min(math.lcm(per_group, 8), channels)
 
 
+def slab_elements(channels: int, per_group: int, pixels: int) -> int:
+    """What a program holds of an image that has these pixels, lanes of none included"""
+    return power_of_two(slab_channels(channels, per_group)) * power_of_two(pixels)
+
+
 def slab_fits(channels: int, per_group: int, pixels: int, elements: int) -> bool:
-    return power_of_two(slab_channels(channels, per_group)) * power_of_two(pixels) <= elements
+    """Whether one launch does what takes three otherwise"""
+    return pixels <= SLAB_PIXELS and slab_elements(channels, per_group, pixels) <= elements
 
 
 def block_of_both(c1: int, c2: int) -> int:

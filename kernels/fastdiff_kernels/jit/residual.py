@@ -82,9 +82,9 @@ def plan_residual(
 ) -> Plan:
     """Writes y, and stats (2, B, CHUNKS, C) fp32 contiguous where it is given, any number of chunks"""
     b, c, height, width = h.shape
-    pixels, vec, block_c = height * width, vector(h, skip, y), channel_block(c)
+    pixels, vec = height * width, vector(h, skip, y)
     chunks = num_chunks(pixels) if stats is None else stats.shape[2]
-    per_chunk = triton.cdiv(pixels, chunks)
+    per_chunk, block_c = triton.cdiv(pixels, chunks), channel_block(c, chunks)
     # elements of a program, and of a thread: what no target spills, a narrow access taking registers for its address
     tile, held = (256, 2) if resample == "down" else (1024, 4)
     if all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in (h, skip, y)):

@@ -126,7 +126,7 @@ def plan_statistics(x: Tensor, stats: Tensor) -> Plan:
     """stats (2, B, CHUNKS, C) fp32 of x, any number of chunks"""
     b, c, height, width = x.shape
     vec, chunks = vector(x), stats.shape[2]
-    rule = {"BLOCK_P": 64, "BLOCK_C": channel_block(c), "num_warps": 4 if wide(vec, x) else 8}
+    rule = {"BLOCK_P": 64, "BLOCK_C": channel_block(c, chunks), "num_warps": 4 if wide(vec, x) else 8}
     s = settings("statistics", x.device, b, c, height * width, x.dtype, **rule)
     return Plan(
         kernel=_statistics_kernel,
