@@ -60,7 +60,8 @@ SHARDS ?= bench_sampler guided_step- q_sample- philox- residual-adm64 residual-a
 	$(foreach network,adm64 adm256,$(foreach batch,b16 b2 b128,$(foreach op,norm fused,$(op)-$(network)-$(batch)-)))
 gpu: gpu-tests gpu-bench
 
-TESTS ?= tests/test_gpu.py tests/kernels/test_capture.py $(sort $(wildcard tests/kernels/test_*.py))
+CAPTURE = tests/kernels/test_capture.py
+TESTS ?= tests/test_gpu.py $(CAPTURE) $(filter-out $(CAPTURE),$(sort $(wildcard tests/kernels/test_*.py)))
 gpu-tests:
 	@status=0; for file in $(TESTS); do echo "$$file"; $(ON_GPU) pytest -q -m gpu "$$file" || status=1; done; exit $$status
 

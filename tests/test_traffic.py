@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[int, ...], dict[str, object]]]
     "residual_down": (end_of_block, (2, 64, 5, 4), {"resample": "down"}),
     "residual_up": (end_of_block, (2, 40, 10, 14), {"resample": "up"}),
     "norm": (norm, (2, 48, 5, 6), {"groups": 8}),
-    "norm_modulated": (norm, (2, 36, 9, 10), {"groups": 3, "modulated": True, "folded": True}),
+    "norm_modulated": (norm, (2, 36, 7, 9), {"groups": 3, "modulated": True, "folded": True}),
     "norm_shared": (norm, (2, 24, 6, 4), {"groups": 4, "modulated": True, "shared": 1}),
     "norm_shared_down": (norm, (2, 24, 6, 4), {"groups": 4, "modulated": True, "shared": 1, "resample": "down"}),
     "norm_concat": (norm, (2, 72, 10, 10), {"groups": 6, "split": 24, "handed": True}),

@@ -13,6 +13,13 @@ MAX_PIXELS = 1 << 30  # kernels count the pixels of an image in 32 bits
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be dense, got layout {value.layout}; use {name}.to_dense()")
+
+
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | str], why: str = "") -> None:
@@ -57,11 +64,27 @@ def check_writable(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is written in place and must not be expanded, got strides {tensor.stride()}")
     if torch.compiler.is_compiling():  # sizes that are free cannot be sorted
         return
+    if tensor.is_neg():
+        raise ValueError(f"{name} is written in place and must not be negated by a flag; use {name}.resolve_neg()")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} is written in place, and an inference tensor: call inside torch.inference_mode()")
     span = 1
     for stride, size in sorted(dims):
         if size > 1 and stride < span:
             raise ValueError(f"{name} is written in place and must not overlap itself, got strides {tensor.stride()}")
         span += stride * max(size - 1, 0)
+
+
+def check_apart(**written: Tensor | None) -> None:
+    """Refuses two buffers that begin at the same address"""
+    if torch.compiler.is_compiling():
+        return
+    first: dict[int, str] = {}
+    for name, tensor in written.items():
+        if type(tensor) is Tensor and not tensor.is_meta and tensor.numel():
+            other = first.setdefault(tensor.data_ptr(), name)
+            if other != name:
+                raise ValueError(f"{name} must not overlap {other}: both are written")
 
 
 def check_pixels(name: str, images: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_int, check_pixels, check_resample, check_shape
+from ._checks import FLOATS, check_bool, check_device, check_dtype, check_int, check_pixels, check_resample, check_shape
 from ._impl import check_impl, plain, uses_triton
 
 
@@ -126,7 +126,7 @@ def _backward(
         dx2 = torch.empty_like(x2) if need_dx and x2 is not None else None
         dx_sums = None
         if need_dx and x_bias is not None:
-            dx_sums = moments.new_empty((len(x), dx_blocks(x, x2, moments.shape[2]), c))
+            dx_sums = moments.new_empty((len(x), dx_blocks(norm, moments.shape[2]), c))
         for plan in plan_ada_group_norm_backward(norm, g, moments, sums, dx, dx2, dx_sums):
             plan.launch()
         dx_bias = moments.new_empty(0) if dx_sums is None else dx_sums.sum((0, 1))
@@ -248,7 +248,8 @@ def ada_group_norm(
     x_bias:    the bias of the convolution that made x, added before the norm.
     resample:  "down", the mean of 2 x 2 pixels, or "up", each pixel 2 x 2 times, on the way out.
     stats, stats2: chunk statistics of x and x2 that their producer computed, as `residual` returns them; they must be
-               those of the tensors, and gradients are as if they had been computed here.
+               those of the tensors, and gradients are as if they had been computed here. Not read where one launch
+               computes its own.
 
     Layout:    x (B, C1, H, W), x2 (B, C2, H, W); weight, bias, x_bias (C1 + C2,); scale, shift (ROWS, C1 + C2),
                both or neither, ROWS in [B, 2B]; stats (2, B, CHUNKS, C1) and stats2 (2, B, CHUNKS2, C2), see
@@ -267,6 +268,7 @@ def ada_group_norm(
     impl: "auto" (Triton on a GPU where triton is installed), "triton" or "reference".
     Raises ValueError for a shape, device or option that does not fit, TypeError for a dtype: nothing is cast.
     """
+    check_bool("silu", silu)
     check_shape("x", x, ("B", "C", "H", "W"))
     check_dtype("x", x, FLOATS)
     check_pixels("x", x)
@@ -283,6 +285,8 @@ def ada_group_norm(
     check_int("groups", groups, 1)
     if c % groups:
         raise ValueError(f"groups must divide the {c} channels of x{' and x2' if c2 else ''}, got {groups}")
+    if isinstance(eps, bool) or not isinstance(eps, float | int | torch.SymFloat):
+        raise TypeError(f"eps must be a float, got {type(eps).__name__}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     check_resample(resample)

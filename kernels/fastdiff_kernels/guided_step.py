@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_shape, check_writable
+from ._checks import FLOATS, check_apart, check_bool, check_device, check_dtype, check_shape, check_writable
 from ._impl import check_impl, plain, uses_triton
 from .philox import STREAM_STEP, check_seeds
 
@@ -109,6 +109,7 @@ def guided_step(
 
     Raises ValueError for a shape, device or combination that does not fit, TypeError for a dtype.
     """
+    check_bool("learned", learned)
     check_shape("x", x, ("N", "C", "H", "W"))
     check_dtype("x", x, (torch.float32, torch.float64))
     n, c, height, width = x.shape
@@ -159,6 +160,7 @@ def guided_step(
     for name, value in (("x", x), ("x0", x0), ("hist", hist), ("x_net", x_net)):
         if value is not None:
             check_writable(name, value)
+    check_apart(x=x, x0=x0, hist=hist, x_net=x_net)
 
     check_impl(impl, x, "x", STATE_DTYPES)
 

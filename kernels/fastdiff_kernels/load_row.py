@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_shape, check_writable
+from ._checks import FLOATS, check_apart, check_device, check_dtype, check_shape, check_writable
 from ._impl import check_impl, plain, uses_triton
 from .guided_step import NUM_COEFS
 
@@ -50,6 +50,8 @@ def load_row(
     """
     check_shape("table", table, ("capacity", NUM_COEFS))
     check_dtype("table", table, FLOATS)
+    if table.shape[0] < 1:
+        raise ValueError(f"table must have at least one row, got {tuple(table.shape)}")
     check_shape("times", times, (table.shape[0],), "one time a row of table")
     check_dtype("times", times, FLOATS)
     check_shape("t", t, ("B",))
@@ -61,8 +63,9 @@ def load_row(
         check_dtype(name, index, (torch.int64,))
     for name, tensor in (("times", times), ("counter", counter), ("coefs", coefs), ("t", t), ("draw", draw)):
         check_device(name, tensor, table.device, like="table")
-    check_writable("coefs", coefs)
-    check_writable("t", t)
+    for name, tensor in (("counter", counter), ("coefs", coefs), ("t", t), ("draw", draw)):
+        check_writable(name, tensor)
+    check_apart(counter=counter, coefs=coefs, t=t, draw=draw)
     check_impl(impl, table, "table", ROW_DTYPES)
     check_impl(impl, times, "times", ROW_DTYPES)
 

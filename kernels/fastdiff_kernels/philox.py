@@ -71,6 +71,8 @@ def _call(
 
 def _check(seeds: Tensor, shape: Sequence[int], draw: int | Tensor, stream: int) -> tuple[int, ...]:
     check_seeds(seeds)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be a sequence of ints, got {type(shape).__name__}")
     for size in shape:
         check_int("every size in shape", size, 0)
     check_draw(draw, seeds.device)

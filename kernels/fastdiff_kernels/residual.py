@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import FLOATS, check_device, check_dtype, check_pixels, check_resample, check_shape
+from ._checks import FLOATS, check_bool, check_device, check_dtype, check_pixels, check_resample, check_shape
 from ._impl import check_impl, plain, uses_triton
 from ._tuning import num_chunks
 
@@ -98,8 +98,7 @@ def residual(
     b, c, height, width = h.shape
     check_pixels("h", h)
     check_resample(resample)
-    if not isinstance(stats, bool):
-        raise TypeError(f"stats must be a bool, got {type(stats).__name__}")
+    check_bool("stats", stats)
     size, why = (height, width), ""
     if resample == "down":
         size, why = (2 * height, 2 * width), "resample='down' halves it"

@@ -3,7 +3,7 @@
 An op is one function under @op(factor=(values), ...): it takes `new`, which makes tensors, and one value of every
 factor, and yields a Build for each launch. Imports of its plan builder belong inside it. `allowed` leaves out
 combinations that no caller can reach; of a product too large to build, `strength` keeps rows that hold every
-combination of so many values.
+combination of so many values. With check=False only the full matrix has the op, not the check before every commit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from benchmarks.sites import NETWORKS, Site, norm_sites
 from fastdiff_kernels._plan import ALIGNMENT, Plan
 
 from .covering import covering, product
@@ -75,6 +76,7 @@ class Op:
     launches: Callable[..., Iterator[Build]]
     allowed: Callable[..., bool]
     strength: int | None
+    check: bool
 
     @functools.cached_property
     def cases(self) -> list[Factors]:
@@ -99,11 +101,15 @@ OPS: dict[str, Op] = {}
 
 
 def op(
-    *, allowed: Callable[..., bool] = lambda **_: True, strength: int | None = None, **factors: Sequence[Any]
+    *,
+    allowed: Callable[..., bool] = lambda **_: True,
+    strength: int | None = None,
+    check: bool = True,
+    **factors: Sequence[Any],
 ) -> Callable[[Callable[..., Iterator[Build]]], Callable[..., Iterator[Build]]]:
     def register(launches: Callable[..., Iterator[Build]]) -> Callable[..., Iterator[Build]]:
         name = launches.__name__
-        OPS[name] = Op(name, factors, launches, allowed, strength)
+        OPS[name] = Op(name, factors, launches, allowed, strength, check)
         return launches
 
     return register
@@ -418,7 +424,61 @@ def ada_group_norm_backward(new: New, resample: str | None, dx: bool, **factors:
         new(2, len(g), c),
         torch.empty_like(x) if dx else None,
         torch.empty_like(x2) if dx and x2 is not None else None,
-        new(len(x), dx_blocks(x, x2, moments.shape[2]), c) if dx and inputs.x_bias is not None else None,
+        new(len(x), dx_blocks(inputs, moments.shape[2]), c) if dx and inputs.x_bias is not None else None,
     )
     for plan in plans:
         yield wide(plan, "x", "x2", "g", "dx", "dx2", tile=tiles(plan, resample))
+
+
+@functools.cache
+def sites() -> dict[str, Site]:
+    """The norms of ADM-64 and ADM-256 up to 16 x 16 pixels, alone and with all that can be fused, by what they read"""
+    found = {}
+    for name in NETWORKS:
+        for site in (each for one in norm_sites(name) for each in (one.plain, one.fused) if each.side <= 16):
+            parts = "+".join(map(str, site.split or (site.channels,)))
+            options = [word for word in ("modulated", "silu", "folded") if getattr(site, word)]
+            found["/".join([parts, f"{site.side}x{site.side}", *options, site.resample or "same"])] = site
+    return found
+
+
+def launches_of_site(new: New, site: str, dtype: str) -> Iterator[Build]:
+    """Those of one launch: what a slab holds depends on the shape, other tiles do not"""
+    from fastdiff_kernels.jit.ada_group_norm import plan_ada_group_norm
+    from fastdiff_kernels.jit.ada_group_norm_backward import dx_blocks, plan_ada_group_norm_backward
+    from fastdiff_kernels.jit.norm import Norm
+
+    s, b = sites()[site], batch("whole")
+    (c1, c2), c = s.split or (s.channels, 0), s.channels
+    side = {None: s.side, "down": s.side // 2, "up": 2 * s.side}[s.resample]
+    mod = new(b, 2 * c, dtype=dtype) if s.modulated else None
+    inputs = Norm(
+        x=new(b, c1, s.side, s.side, dtype=dtype, layout="nhwc"),
+        x2=new(b, c2, s.side, s.side, dtype=dtype, layout="nhwc") if c2 else None,
+        x_bias=new(c, dtype=dtype) if s.folded else None,
+        weight=new(c, dtype=dtype),
+        bias=new(c, dtype=dtype),
+        scale=None if mod is None else mod[:, :c],
+        shift=None if mod is None else mod[:, c:],
+        silu=s.silu,
+        resample=s.resample,
+    )
+    y, moments = new(b, c, side, side, dtype=dtype, layout="nhwc"), new(2, b, s.groups)
+    dx, dx2 = torch.empty_like(inputs.x), None if inputs.x2 is None else torch.empty_like(inputs.x2)
+    dx_sums = new(b, dx_blocks(inputs, s.groups), c) if s.folded else None
+    for plan in (
+        *plan_ada_group_norm(inputs, y, moments, 1e-5),
+        *plan_ada_group_norm_backward(inputs, y, moments, new(2, b, c), dx, dx2, dx_sums),
+    ):
+        if plan.name.startswith("slab"):
+            yield wide(plan, "x", "x2", "y", "g", "dx", "dx2", tile=tiles(plan, s.resample))
+
+
+@op(
+    check=False,
+    allowed=lambda site, dtype: any(launches_of_site(New(), site, dtype)),
+    site=tuple(sites()),
+    dtype=FLOATS,
+)
+def network_norms(new: New, site: str, dtype: str) -> Iterator[Build]:
+    return launches_of_site(new, site, dtype)

@@ -186,7 +186,7 @@ def run(*, pairwise: bool, only: Collection[str], write: bool, jobs: int, path: 
         complaints += broken
     wanted = everything
     if pairwise:
-        chosen = {op.name: pairs(op) for op in ops}
+        chosen = {op.name: pairs(op) if op.check else set() for op in ops}
         wanted = [launch for launch in everything if (launch.key.case, launch.key.target) in chosen[launch.key.op]]
     results = build_all(wanted, jobs)
 

@@ -231,8 +231,6 @@ def test_gradcheck_of_the_reference():
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_large_batch_equals_the_reference(place, dtype, layout):
-    if place.interpreted and dtype == torch.bfloat16:
-        pytest.skip("the interpreter truncates to bfloat16")
     device, n, side = (place.device, 64, 256) if place.device == "cuda" else (place.device, 2, 6)
     step, shape = Step(device, place.impl), (n, 3, side, side)
     inputs = {name: t.contiguous(memory_format=layout) for name, t in step.draw(n, shape, variance=True).items()}

@@ -123,6 +123,36 @@ def test_what_triton_does_not_do_is_an_error_when_asked_for(place, monkeypatch):
     assert torch.equal(arguments["x"], before)
 
 
+@pytest.mark.parametrize(("first", "second"), [("x", "x0"), ("x", "hist"), ("x", "x_net"), ("x0", "hist")])
+def test_buffers_that_are_one_are_refused(first, second):
+    arguments = valid()
+    x = arguments["x"].clone()
+    buffer = arguments["x"] if first == "x" else torch.zeros_like(x)
+    with pytest.raises(ValueError, match=f"{second} must not overlap {first}: both are written"):
+        guided_step(**arguments | {first: buffer, second: buffer})
+    assert torch.equal(arguments["x"], x)
+
+
+def test_an_inference_tensor_is_refused_outside_of_its_mode():
+    arguments = valid()
+    with torch.inference_mode():
+        x = arguments["x"].clone()
+    before = x.clone()
+    with pytest.raises(ValueError, match="x is written in place, and an inference tensor"):
+        guided_step(**arguments | {"x": x})
+    assert torch.equal(x, before)
+    with torch.inference_mode():
+        guided_step(**arguments | {"x": x})
+    assert not torch.equal(x, before)
+
+
+def test_a_negated_view_is_refused():
+    arguments = valid()
+    x = torch.complex(arguments["x"], arguments["x"]).conj().imag
+    with pytest.raises(ValueError, match="x is written in place and must not be negated by a flag"):
+        guided_step(**arguments | {"x": x})
+
+
 def valid() -> dict:
     step = Step("cpu", "reference")
     return {**step.draw(1, dtype=torch.float32), "coefs": step.row(torch.float32), "w": torch.ones(N)}
@@ -133,6 +163,7 @@ def seeded(**change) -> dict:
 
 
 ERRORS = {
+    "learned": ({"learned": "no"}, TypeError, "learned must be a bool, got str"),
     "x_3d": ({"x": torch.zeros(4, 2, 3)}, ValueError, r"x must have shape \(N, C, H, W\), got \(4, 2, 3\)"),
     "x_half": ({"x": torch.zeros(N, C, H, W).half()}, TypeError, "x must be torch.float32 or torch.float64, got"),
     "x_expanded": (

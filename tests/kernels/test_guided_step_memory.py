@@ -14,8 +14,6 @@ NOISE_ALONE = dict.fromkeys(COEFS, 0.0) | {"x0_max": INF, "c_noise": 1.0}
 @pytest.mark.parametrize("m", [0, 2, N], ids="M{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_network_input_repeats_the_first_images(place, m, m_next, dtype):
-    if place.interpreted and dtype == torch.bfloat16:
-        pytest.skip("the interpreter truncates to bfloat16")
     step = Step(place.device, place.impl)
     inputs = step.draw(m, dtype=torch.float32)
     x_net = torch.full((N + m_next, C, H, W), NAN, dtype=dtype, device=place.device)

@@ -173,6 +173,11 @@ ERRORS = {
         ValueError,
         r"table must have shape \(capacity, 14\), got \(5, 3\)",
     ),
+    "table_empty": (
+        {"table": torch.zeros(0, NUM_COEFS), "times": torch.zeros(0)},
+        ValueError,
+        r"table must have at least one row, got \(0, 14\)",
+    ),
     "table_int": ({"table": torch.zeros(5, NUM_COEFS).long()}, TypeError, "table must be .* got torch.int64"),
     "times_length": (
         {"times": torch.zeros(4)},
@@ -206,4 +211,11 @@ def test_errors_name_the_argument_and_write_nothing(case):
     b = buffers()
     with pytest.raises(kind, match=message):
         load_row(**(b | change))
+    assert b["counter"].tolist() == [0] and b["coefs"].isnan().all()
+
+
+def test_buffers_that_are_one_are_refused():
+    b = buffers()
+    with pytest.raises(ValueError, match="draw must not overlap counter: both are written"):
+        load_row(**b | {"draw": b["counter"]})
     assert b["counter"].tolist() == [0] and b["coefs"].isnan().all()

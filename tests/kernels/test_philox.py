@@ -136,8 +136,6 @@ def test_a_shape_is_a_prefix_of_a_longer_one(place):
 def test_other_dtypes_are_the_float32_normals_rounded(place, dtype):
     if place.impl == "triton" and dtype == torch.float64:
         pytest.skip("an error; see below")
-    if place.interpreted and dtype == torch.bfloat16:
-        pytest.skip("the interpreter truncates to bfloat16")
     seeds = torch.arange(5, device=place.device)
     got = philox_normal(seeds, (3, 4, 4), draw=1, stream=STREAM_STEP, dtype=dtype, impl=place.impl)
     assert got.dtype == dtype
@@ -220,6 +218,7 @@ ERRORS = {
     "seeds_list": ({"seeds": [1]}, TypeError, "seeds must be a torch.Tensor, got list"),
     "seeds_2d": ({"seeds": torch.zeros(1, 1).long()}, ValueError, r"seeds must have shape \(N,\), got \(1, 1\)"),
     "seeds_float": ({"seeds": torch.zeros(2)}, TypeError, "seeds must be torch.int64, got torch.float32"),
+    "shape_int": ({"shape": 5}, TypeError, "shape must be a sequence of ints, got int"),
     "shape_negative": ({"shape": (3, -1)}, ValueError, "every size in shape must be at least 0, got -1"),
     "shape_float": ({"shape": (3.0,)}, TypeError, "every size in shape must be an int, got float"),
     "draw_negative": ({"draw": -1}, ValueError, r"draw must be in \[0, 4294967296\), got -1"),

@@ -11,8 +11,7 @@ from torch import Tensor
 from fastdiff_kernels import STREAM_TRAINING, philox_normal, q_sample, reference
 
 KERNEL = pytest.mark.parametrize("place", [INTERPRETER, GPU])  # the reference has no plan
-BF16 = pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.gpu)
-DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16"), BF16]
+DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "float16", "bfloat16")]
 MANTISSA = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 # whole counters in a channel's pixels, and not
 SHAPES = [(2, 3, 8, 8), (2, 1, 4, 5), (1, 5, 16, 16), (2, 24, 2, 6), (1, 42, 4, 4)]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._plan import Plan
 from .._tuning import PROGRAMS, power_of_two, settings
-from .norm import Norm, affine, channels_of, load_slab, moments_at, over_groups, slab_channels, slab_fits
+from .norm import Norm, affine, channels_of, load_slab, masked, moments_at, over_groups, slab_channels, slab_fits
 from .statistics import new_statistics, plan_fold, plan_statistics
 from .tile import address, addresses, flat, grid_offset, pixel_offset, silu, vector, wide
 
@@ -228,6 +228,8 @@ def _plan_slab(norm: Norm, y: Tensor, moments: Tensor, eps: float) -> Plan:
     # a cell of four pixels, where there is none of one
     block_p, block_c = max(4, power_of_two(norm.pixels)), power_of_two(slab)
     held = 1024 if wide(vec, norm.x, norm.x2, y) else 256
+    if masked(norm.channels, norm.channels // moments.shape[2]):
+        held = min(held, 512)
     warps = max(1, min(16, block_p * block_c // held))
     s = settings("slab", norm.x.device, norm.b, norm.channels, norm.pixels, norm.x.dtype, num_warps=warps)
     return Plan(

@@ -328,10 +328,11 @@ def plan_ada_group_norm_backward(
     writes = {**address("dx", dx, vec), **address("dx2", dx2, vec), "dx_sums_ptr": dx_sums}
     fixed = {**norm.constexprs(groups), "FLAT": flat(x, x2, g, dx, dx2), "VEC": vec}
     shape = (x.device, norm.b, norm.channels, norm.pixels, x.dtype)
-    if slab_fits(norm.channels, norm.channels // groups, norm.pixels, _slab_elements(x, x2)):
+    if slab_fits(norm.channels, norm.channels // groups, norm.pixels, _slab_elements(norm)):
         slab = slab_channels(norm.channels, norm.channels // groups)
         block_p, block_c = power_of_two(norm.pixels), power_of_two(slab)
-        s = settings("slab_backward", *shape, num_warps=max(1, min(16, block_p * block_c // 512)))
+        held = 256 if _crowded(norm) else 512
+        s = settings("slab_backward", *shape, num_warps=max(1, min(16, block_p * block_c // held)))
         return [
             Plan(
                 kernel=_slab_backward_kernel,
@@ -347,7 +348,10 @@ def plan_ada_group_norm_backward(
     # four loads of the gradient a pixel, two rows of it, two tensors, or many addresses need registers
     narrow = not wide(vec, x, x2, g)
     crowded = norm.resample == "up" or norm.rows > norm.b or x2 is not None or narrow
-    rule = {"BLOCK_P": 32 if crowded else 64, "BLOCK_C": norm.block_c, "num_warps": 8 if narrow else 4}
+    block_p = 32 if crowded else 64
+    # 16 bytes for each of 64 threads
+    warps = 8 if narrow else max(1, min(4, block_p * norm.block_c // 512))
+    rule = {"BLOCK_P": block_p, "BLOCK_C": norm.block_c, "num_warps": warps}
     s = settings("sums", *shape, **rule)
     plans = [
         Plan(
@@ -394,17 +398,21 @@ def _plan_fold_sums(norm: Norm, parts: Tensor, sums: Tensor, means: Tensor) -> P
     )
 
 
-def dx_blocks(x: Tensor, x2: Tensor | None, groups: int) -> int:
+def dx_blocks(norm: Norm, groups: int) -> int:
     """Parts of dx_sums an image: it is (B, dx_blocks, C)"""
-    c1, c2 = x.shape[1], 0 if x2 is None else x2.shape[1]
-    pixels = x.shape[2] * x.shape[3]
-    if slab_fits(c1 + c2, (c1 + c2) // groups, pixels, _slab_elements(x, x2)):
+    if slab_fits(norm.channels, norm.channels // groups, norm.pixels, _slab_elements(norm)):
         return 1
-    return triton.cdiv(pixels, _dx_settings(x, x2)["BLOCK_P"])
+    return triton.cdiv(norm.pixels, _dx_settings(norm.x, norm.x2)["BLOCK_P"])
 
 
-def _slab_elements(x: Tensor, x2: Tensor | None) -> int:
-    return SLAB_ELEMENTS if wide(vector(x, x2), x, x2) else SLAB_ELEMENTS // 4
+def _crowded(norm: Norm) -> bool:
+    """Two tensors, two rows of gradients, or their resampling take registers"""
+    return norm.x2 is not None or norm.rows > norm.b or norm.resample is not None
+
+
+def _slab_elements(norm: Norm) -> int:
+    most = SLAB_ELEMENTS if wide(vector(norm.x, norm.x2), norm.x, norm.x2) else SLAB_ELEMENTS // 4
+    return most // 2 if _crowded(norm) else most
 
 
 def _dx_settings(x: Tensor, x2: Tensor | None) -> dict[str, int]:

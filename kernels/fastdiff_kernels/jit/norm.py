@@ -98,7 +98,15 @@ def slab_elements(channels: int, per_group: int, pixels: int) -> int:
 
 def slab_fits(channels: int, per_group: int, pixels: int, elements: int) -> bool:
     """Whether one launch does what takes three otherwise"""
-    return pixels <= SLAB_PIXELS and slab_elements(channels, per_group, pixels) <= elements
+    # masks of lanes without a channel are held, too
+    most = elements // 2 if masked(channels, per_group) else elements
+    return pixels <= SLAB_PIXELS and slab_elements(channels, per_group, pixels) <= most
+
+
+def masked(channels: int, per_group: int) -> bool:
+    """Whether a slab has lanes of no channel"""
+    slab = slab_channels(channels, per_group)
+    return slab != power_of_two(slab)
 
 
 def block_of_both(c1: int, c2: int) -> int:
