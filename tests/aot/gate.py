@@ -28,7 +28,7 @@ from .cases import OPS, Build, Factors, New, Op, case_id
 from .covering import covering
 from .launcher import launched
 
-ORDERS = 12
+ORDERS = 48
 MOST_BUILDS = 300  # of the check that runs before every commit
 
 
@@ -63,13 +63,19 @@ def launches(op: Op) -> tuple[list[Launch], list[str]]:
     return found, broken
 
 
-def pairs(op: Op) -> set[tuple[str, str]]:
+def pairs(op: Op, found: Iterable[Launch]) -> set[tuple[str, str]]:
     """Cases and targets that together hold every pair of factor values, the target being a factor too"""
+    builds = collections.defaultdict(set)
+    for launch in found:
+        builds[launch.key.case, launch.key.target].add(launch.build_key)
     rows = [{**factors, "target": target} for factors in op.cases for target in TARGETS]
-    # the greedy choice depends on the order of rows: the shortest of some
+    # the greedy choice depends on the order of rows: of some, the one with the fewest builds
     orders = [rows, *(random.Random(seed).sample(rows, len(rows)) for seed in range(ORDERS))]
-    chosen = [dict(row) for row in min(map(covering, orders), key=len)]
-    return {(case_id({name: row[name] for name in op.factors}), row["target"]) for row in chosen}
+    coverings = [
+        {(case_id({name: row[name] for name in op.factors}), row["target"]) for row in map(dict, covering(order))}
+        for order in orders
+    ]
+    return min(coverings, key=lambda chosen: len(set().union(*(builds[each] for each in chosen))))
 
 
 def all_kernels() -> set[str]:
@@ -186,7 +192,10 @@ def run(*, pairwise: bool, only: Collection[str], write: bool, jobs: int, path: 
         complaints += broken
     wanted = everything
     if pairwise:
-        chosen = {op.name: pairs(op) if op.check else set() for op in ops}
+        chosen = {
+            op.name: pairs(op, [launch for launch in everything if launch.key.op == op.name]) if op.check else set()
+            for op in ops
+        }
         wanted = [launch for launch in everything if (launch.key.case, launch.key.target) in chosen[launch.key.op]]
     results = build_all(wanted, jobs)
 
