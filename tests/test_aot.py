@@ -220,7 +220,7 @@ def test_cases_hold_every_combination_that_they_promise(op: Op) -> None:
 def test_the_check_holds_every_pair_that_the_cases_hold(op: Op) -> None:
     cases = [{"case": gate.case_id(factors), **factors} for factors in op.cases]
     everything = [{**row, "target": target} for row in cases for target in TARGETS]
-    chosen = gate.pairs(op, gate.launches(op)[0])
+    chosen = gate.pairs(op, [])  # interpreted kernels have no builds to count
     check = [row for row in everything if (row["case"], row["target"]) in chosen]
     assert len(check) == len(chosen)
     assert len({row["case"] for row in cases}) == len(cases)
