@@ -47,8 +47,10 @@ evaluate: setup
 	@mkdir -p runs
 	$(BIN)/fastdiff evaluate $(MODEL) --weights $(WEIGHTS) --out $(RESULTS) --plot runs/tradeoff.png --force
 
+# on two cores more than half an hour, most of it compiling peers and ADM-128; CASES="network-adm64-cpu-bfloat16" is a part
+CASES ?= not toy
 bench: setup
-	$(BIN)/python -m pytest benchmarks -q
+	$(BIN)/python -m pytest benchmarks -q --device cpu -k "$(CASES)" $(if $(RESUME),--resume)
 
 # gpu and tune need no install: torch, triton, numpy, safetensors, pillow, tqdm, pytest and pytest-benchmark, and a GPU;
 # where there is no git, COMMIT=... and STATE=clean or dirty say what is measured. A shard is a part of the cases' ids
@@ -56,7 +58,9 @@ bench: setup
 OUT ?= benchmarks/results
 ON_GPU = PYTHONPATH=.:kernels $(PYTHON) -m
 ORIGIN = $(if $(COMMIT),--commit $(COMMIT)) $(if $(STATE),--state $(STATE))
-SHARDS ?= bench_sampler guided_step- q_sample- philox- residual-adm64 residual-adm256 backward-adm64 backward-adm256 \
+NETWORK_SHARDS = $(foreach images,n1 n8 n64,$(foreach w,w0 w1.5,$(foreach network,adm64 adm128hc64,\
+	network-$(network)-cuda-float16-$(images)-$(w)))) ladder-adm64-cuda-float16-n1- ladder-adm64-cuda-float16-n8-
+SHARDS ?= bench_sampler $(NETWORK_SHARDS) guided_step- q_sample- philox- residual-adm64 residual-adm256 backward-adm64 backward-adm256 \
 	$(foreach network,adm64 adm256,$(foreach batch,b16 b2 b128,$(foreach op,norm fused,$(op)-$(network)-$(batch)-)))
 gpu: gpu-tests gpu-bench
 

@@ -77,3 +77,28 @@ def test_one_doubled_evaluation(record: Callable[..., None], device: torch.devic
             dtype=str(dtype).removeprefix("torch."),
             mean_error=float(error),
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("images", [2, 3, 8, 40])
+def test_an_image_of_a_batch_beside_itself_alone(
+    record: Callable[..., None], device: torch.device, images: int, dtype: torch.dtype
+) -> None:
+    """How far libraries' choices by batch size move an image; of two batches of one bucket under graphs: nowhere"""
+    sampler = fastdiff.Sampler("digits", steps=50, device=device, dtype=dtype)
+    seeds, labels = fastdiff.image_seeds(0, images), LABELS[:images]
+    together = sampler(labels, 1.5, seed=seeds)
+    alone = torch.cat([sampler(label, 1.5, seed=[seed]) for label, seed in zip(labels, seeds, strict=True)])
+    difference = (together - alone).abs()
+    assert difference.max() < 1e-2 if dtype == torch.float32 else difference.mean() < 0.1
+    record(
+        lambda: sampler(labels, 1.5, seed=seeds),
+        case="batch-invariance",
+        rounds=1,
+        images=images,
+        steps=50,
+        w=1.5,
+        dtype=str(dtype).removeprefix("torch."),
+        max_difference=float(difference.max()),
+        mean_difference=float(difference.mean()),
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.peers import Outputs
-from benchmarks.sites import NETWORKS, Block, Site, blocks, network, norm_sites
+from benchmarks.sites import TIMED, Block, Site, blocks, network, norm_sites
 from benchmarks.traffic import nbytes
 from fastdiff_kernels import (
     COEFS,
@@ -305,7 +305,7 @@ def network_cases(name: str, batch: int) -> Iterator[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    return [case for name in NETWORKS for batch in BATCHES for case in network_cases(name, batch)]
+    return [case for name in TIMED for batch in BATCHES for case in network_cases(name, batch)]
 
 
 def cpu_cases() -> list[Case]:

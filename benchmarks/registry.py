@@ -29,7 +29,11 @@ from fastdiff_kernels._plan import Plan
 ITEM = 2
 
 # GB an image that the design was made with, to three decimals
-DESIGN = {("adm-64", "T2"): 0.610, ("adm-64", "T3"): 0.457, ("adm-256", "T2"): 6.185, ("adm-256", "T3"): 4.505}
+DESIGN = {
+    **{("adm-64", "T2"): 0.610, ("adm-64", "T3"): 0.457},
+    **{("adm-128", "T2"): 1.659, ("adm-128", "T3"): 1.217},
+    **{("adm-256", "T2"): 6.185, ("adm-256", "T3"): 4.505},
+}
 
 
 class Pass(NamedTuple):
@@ -134,7 +138,7 @@ def norm_plans(site: Site, rows: int, dtype: torch.dtype) -> list[Plan]:
         resample=site.resample,
     )
     made = statistics(c1, site.stats), statistics(c2, site.stats2)
-    return plan_ada_group_norm(norm, y, _meta(2, rows, site.groups), 1e-5, *made)
+    return plan_ada_group_norm(norm, y, None, site.groups, 1e-5, *made)
 
 
 def residual_plan(block: Block, rows: int, dtype: torch.dtype) -> Plan:

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdiff.model import PRESETS, UNet
-from fastdiff.model.blocks import AttentionBlock, Downsample, ResBlock, Upsample
+from fastdiff.model.blocks import AttentionBlock, ResBlock
 
-NETWORKS = {"adm-64": 95, "adm-256": 101}
-"""The presets that are measured, and how many norms each has"""
+NETWORKS = {"adm-64": 95, "adm-128": 87, "adm-256": 101}
+"""The presets that are counted, and how many norms each has"""
+
+TIMED = ("adm-64", "adm-256")
+"""Those whose shapes are timed on a GPU and built ahead of time"""
 
 
 class Block(NamedTuple):
@@ -73,11 +76,6 @@ def network(name: str) -> UNet:
         return UNet(PRESETS[name])
 
 
-def _resample(block: ResBlock) -> str | None:
-    kinds = {Upsample: "up", Downsample: "down", torch.nn.Identity: None}
-    return kinds[type(block.resample)]
-
-
 @cache
 def blocks(name: str) -> tuple[Block, ...]:
     """Every ResBlock and attention in the order of a forward pass"""
@@ -95,7 +93,7 @@ def _walk(net: UNet) -> Iterator[Block]:
         for i, layer in enumerate(stage):
             layer_name = f"{stage_name}.{i}"
             if isinstance(layer, ResBlock):
-                block = Block(layer_name, "res", layer.channels, layer.out_channels, side, _resample(layer), split)
+                block = Block(layer_name, "res", layer.channels, layer.out_channels, side, layer.resample, split)
                 channels, side, split = block.out_channels, block.out_side, None
                 yield block
             elif isinstance(layer, AttentionBlock):

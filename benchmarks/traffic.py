@@ -116,39 +116,55 @@ def _q_sample(p: _Launch) -> Bytes:
 
 def _residual(p: _Launch) -> Bytes:
     b, c, _, width = p.h.shape
-    skip = nbytes(p.skip)
+    # for every row of y, those that share one of skip, too
+    pixels = p.skip.shape[2] * p.skip.shape[3]
     if p.RESAMPLE == "up":
-        skip = b * c * item(p.skip) * _cells(p.HW, width, tuple(_tiles(p.HW, p.CHUNKS, p.BLOCK_P)))
+        pixels = _cells(p.HW, width, tuple(_tiles(p.HW, p.CHUNKS, p.BLOCK_P)))
+    skip = b * c * item(p.skip) * pixels
     return Bytes(nbytes(p.h) + skip + b * p.CHUNKS * c * item(p.bias), nbytes(p.y, p.stats))
+
+
+def _projection(p: _Launch) -> Bytes:
+    # channels of the output beside one another read the same skips; each tile of pixels reads all weights
+    skips = p.B * -(-p.C // p.BLOCK_C) * p.HW * (p.C1 + p.C2) * item(p.skip)
+    tiles = sum(1 for _ in _tiles(p.HW, p.CHUNKS, p.BLOCK_P))
+    small = p.B * (tiles * nbytes(p.weight) + p.CHUNKS * p.C * item(p.bias))
+    return Bytes(nbytes(p.h) + skips + small, nbytes(p.y, p.stats))
 
 
 def _statistics(p: _Launch) -> Bytes:
     return Bytes(nbytes(p.x), nbytes(p.stats))
 
 
-def _fold(p: _Launch) -> Bytes:
-    # where deviations start from: the first mean of a group, looked up in the first tensor in any case
-    late = (p.C1 + p.C2) // p.CPG - -(-p.C1 // p.CPG)
-    loads = p.programs * item(p.stats, p.x_bias) + p.B * late * item(p.stats2)
-    for stats, chunks in ((p.stats, p.CHUNKS), (p.stats2, p.CHUNKS2)):
-        if stats is not None:
-            filled = -(-p.HW // -(-p.HW // chunks))
-            # means, then means and M2; the bias with either
-            loads += p.B * stats.shape[3] * (3 * filled * item(stats) + 2 * item(p.x_bias))
-    return Bytes(loads, nbytes(p.moments))
+def _merged(p: _Launch) -> int:
+    """Bytes that programs beside one another in channels load: statistics of every group that they touch, and x_bias"""
+    loads = 0
+    for block in _blocks(p):
+        first, end = block[0] // p.CPG * p.CPG, (block[-1] // p.CPG + 1) * p.CPG
+        loads += (end - first) * item(p.x_bias)
+        in_first = min(end, p.C1) - min(first, p.C1)
+        for stats, channels in ((p.stats, in_first), (p.stats2, end - first - in_first)):
+            if channels:
+                filled = -(-p.H * p.W // -(-p.H * p.W // stats.shape[2]))
+                loads += 2 * filled * channels * item(stats)
+    return loads
 
 
 def _apply(p: _Launch) -> Bytes:
     down = p.RESAMPLE == "down"
     tiles = -(-p.H * p.W // (4 if down else 1) // p.BLOCK_P)
+    programs = -(-tiles // p.TILES)
     # four loads a pixel are too many to keep for a second row
-    x = nbytes(p.x, p.x2) * (p.ROWS if down else p.B) // p.B
-    return Bytes(x + tiles * (p.B * _moments(p, 2) + p.ROWS * _affine(p)), nbytes(p.y))
+    image = p.H * p.W * (p.C1 * item(p.x) + p.C2 * item(p.x2))
+    small = programs * p.B * (_merged(p) + (p.C1 + p.C2) * item(p.x_bias) + _affine(p))
+    # the first row's affine is kept for all tiles
+    second = (p.ROWS - p.B) * programs * p.TILES * _affine(p)
+    return Bytes((p.ROWS if down else p.B) * image + small + second, nbytes(p.y, p.moments))
 
 
 def _slab(p: _Launch) -> Bytes:
-    bias = p.B * (p.C1 + p.C2) * item(p.x_bias)
-    return Bytes(nbytes(p.x, p.x2) + bias + p.ROWS * _affine(p), nbytes(p.y, p.moments))
+    image = p.H * p.W * (p.C1 * item(p.x) + p.C2 * item(p.x2)) + (p.C1 + p.C2) * item(p.x_bias)
+    return Bytes(p.B * image + p.ROWS * _affine(p), nbytes(p.y, p.moments))
 
 
 def _gradient(p: _Launch, tiles: tuple[tuple[int, int], ...]) -> int:
@@ -188,8 +204,8 @@ FORMULAS: dict[str, Callable[[_Launch], Bytes]] = {
     "load_row": _load_row,
     "q_sample": _q_sample,
     "residual": _residual,
+    "projection": _projection,
     "statistics": _statistics,
-    "fold": _fold,
     "apply": _apply,
     "slab": _slab,
     "sums": _sums,

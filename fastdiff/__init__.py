@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastdiff.diffusion_model import DiffusionModel
     from fastdiff.images import to_uint8
     from fastdiff.noise import image_seeds
-    from fastdiff.sampler import Cancelled, Sampler, sample
+    from fastdiff.sampler import Cancelled, OutOfMemoryError, Sampler, sample
     from fastdiff.schedule import Schedule
     from fastdiff.solvers import SOLVERS, StepTable
 
@@ -27,6 +27,7 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "DiffusionModel",
+    "OutOfMemoryError",
     "Sampler",
     "Schedule",
     "StepTable",
@@ -42,6 +43,7 @@ _HOMES = {
     "Cancelled": "sampler",
     "CheckpointError": "checkpoint",
     "DiffusionModel": "diffusion_model",
+    "OutOfMemoryError": "sampler",
     "Sampler": "sampler",
     "Schedule": "schedule",
     "StepTable": "solvers",

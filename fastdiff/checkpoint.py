@@ -95,8 +95,9 @@ def save(
     overwrite: replace the checkpoint that is there; other files of the folder are left alone either way.
     storage_dtype: float dtype of the stored weights (float16 halves the file); None stores them as they are.
 
-    Raises TypeError for a network of another kind, ValueError for a storage_dtype that cannot hold the weights, and
-    CheckpointError naming the path for all else; then the checkpoint before is untouched and nothing else is left.
+    Raises TypeError for a network of another kind, ValueError for a null_model and for a storage_dtype that cannot hold
+    the weights, and CheckpointError naming the path for all else; then the checkpoint before is untouched and nothing
+    else is left.
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {folder!r}")
@@ -104,6 +105,8 @@ def save(
         raise ValueError("folder must name a folder, got ''; '.' is this one")
     folder = Path(folder)
     kind = kind_of(model)
+    if model.null_model is not None:
+        raise ValueError("model must have null_model=None, a checkpoint holds one network; save the two apart")
     tensors = _stored(model.network.state_dict(), storage_dtype)  # type: ignore[attr-defined]
     with _blaming(folder):
         weights = safetensors.torch.save(tensors)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiff.prediction import named_prediction
@@ -21,10 +22,13 @@ VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 def is_conditioned_apart(network: object) -> bool:
     """Whether a network follows fastdiff's optional protocol, as its UNet does.
 
-    It computes its conditioning apart, `conditioning(t, y) -> mod`, from its image path, `body(x, mod)`; runs in any
-    floating dtype that it is converted to; and tells its embedding's rows in `num_labels`, None for no labels.
+    What it computes from time and label alone is apart from its image path: `embedding(t, y)` (B, E), `modulation` of
+    that (B, R), and `body(x, mod)` with x of N rows and mod of N + M: row N + j of the result is image j under a
+    modulation of its own. It runs in any floating dtype that it is converted to, and tells its embedding's rows in
+    `num_labels`, None for no labels. The sampler then computes all rows' modulations at once, and what both rows of
+    an image share once. It may also have `packed()`, the network as it runs best on a CPU with the weights of today.
     """
-    return all(callable(getattr(network, part, None)) for part in ("conditioning", "body"))
+    return all(callable(getattr(network, part, None)) for part in ("embedding", "modulation", "body"))
 
 
 class DiffusionModel:
@@ -44,6 +48,10 @@ class DiffusionModel:
     clip_x0: whether the data lie in [-1, 1], so that predictions are clipped there (pixels yes, latents no).
     dtype: the recorded compute dtype, or None.
     name, provenance: free text and JSON-able facts, kept by checkpoints and shown by `fastdiff info`.
+    null_model: a second DiffusionModel whose output guidance leads away from, in place of this one's null rows: an
+        unconditional one (num_classes=None) for a network without a null label, or a weaker one that takes the same
+        labels (autoguidance, 2406.02507). Same schedule, prediction and image_shape; a learned variance stays this
+        one's. A checkpoint does not hold it.
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -62,6 +70,7 @@ class DiffusionModel:
         dtype: torch.dtype | None = None,
         name: str | None = None,
         provenance: Mapping[str, Any] | None = None,
+        null_model: DiffusionModel | None = None,
     ) -> None:
         if not callable(network):
             raise TypeError(f"network must be a callable network(x, t, y), got {type(network).__name__}")
@@ -105,6 +114,26 @@ class DiffusionModel:
         self.dtype = dtype
         self.name = name
         self.provenance = dict(provenance or {})
+        if null_model is not None:
+            self._check_null_model(null_model)
+        self.null_model = null_model
+
+    def _check_null_model(self, other: DiffusionModel) -> None:
+        if not isinstance(other, DiffusionModel):
+            raise TypeError(f"null_model must be a DiffusionModel or None, got {type(other).__name__}")
+        if other.null_model is not None:
+            raise ValueError("null_model must not have a null_model of its own")
+        for name in ("image_shape", "prediction"):
+            if getattr(other, name) != getattr(self, name):
+                raise ValueError(
+                    f"null_model must have {name}={getattr(self, name)!r} as the model, got {getattr(other, name)!r}"
+                )
+        if not np.array_equal(other.schedule.alphas_cumprod, self.schedule.alphas_cumprod):
+            raise ValueError("null_model must have the model's schedule: the same alphas_cumprod")
+        if other.num_classes is not None and other.num_classes != self.num_classes:
+            raise ValueError(
+                f"null_model must have num_classes={self.num_classes} as the model, or None, got {other.num_classes}"
+            )
 
     def __repr__(self) -> str:
         C, H, W = self.image_shape

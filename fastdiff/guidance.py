@@ -117,20 +117,28 @@ class GuidancePlan:
 
 
 def plan_guidance(
-    labels: torch.Tensor | None, w: torch.Tensor, n: int, *, num_classes: int | None, null_label: int | None
+    labels: torch.Tensor | None,
+    w: torch.Tensor,
+    n: int,
+    *,
+    num_classes: int | None,
+    null_label: int | None,
+    has_null_model: bool = False,
 ) -> GuidancePlan:
     """The layout of n images from resolved labels and w, each 0-d or (n,).
 
     w = -1 becomes (null label, w = 0), one evaluation an image. Raises ValueError where w asks for a null label that
-    the model lacks, or guides images that have no label.
+    the model lacks, or guides images that have no label. has_null_model: another network takes the null rows.
     """
     weights = w.expand(n).clone()
     unconditional = weights == -1
-    if labels is None:
+    if labels is None and not (has_null_model and num_classes is None):
         wrong = weights[(weights != 0) & ~unconditional]
         if len(wrong):
             raise ValueError(f"w must be 0 or -1 where labels=None (nothing to guide towards), got {wrong[0].item():g}")
-    elif null_label is None and (weights != 0).any():
+    elif has_null_model and null_label is None and unconditional.any():
+        raise ValueError("w must not be -1: this model has null_label=None; sample its null_model by itself")
+    elif null_label is None and not has_null_model and (weights != 0).any():
         got = weights[weights != 0][0].item()
         raise ValueError(f"w must be 0: guidance needs a null label, and this model has null_label=None; got {got:g}")
     weights[unconditional] = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 
@@ -13,9 +13,12 @@ from fastdiff.diffusion_model import DiffusionModel, Network, is_conditioned_apa
 
 __all__ = [
     "DTYPES",
+    "Placed",
+    "addresses",
     "device_of",
     "dtype_of",
     "eval_mode",
+    "fingerprint",
     "placed",
     "preferred_dtype",
     "resolve_device",
@@ -23,6 +26,10 @@ __all__ = [
 ]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+# of eight bytes; a prime, so that rows that change places change the sums
+_COLUMNS = 1021
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -42,7 +49,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def device_of(model: DiffusionModel) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return device_of_network(model.network)
+
+
+def device_of_network(network: Network) -> torch.device:
+    """Of its first parameter or buffer; the CPU for functions."""
+    if not isinstance(network, torch.nn.Module):
+        return torch.device("cpu")
+    return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -73,11 +87,18 @@ def placed(network: Network, device: torch.device, dtype: torch.dtype | None, re
     """The network itself where it fits device and dtype already, else a converted copy; functions are left alone.
 
     dtype: None leaves every parameter's own. reuse: an earlier copy, into whose memory the weights of today go.
+    On a GPU the weights of a network of our protocol are channels_last, too, or each step would convert them.
     """
     if not isinstance(network, torch.nn.Module):
         return network
     tensors = [*network.parameters(), *network.buffers()]
-    if all(p.device == device and (dtype in (None, p.dtype) or not p.is_floating_point()) for p in tensors):
+    layout = torch.channels_last if device.type == "cuda" and is_conditioned_apart(network) else None
+    if all(
+        p.device == device
+        and (dtype in (None, p.dtype) or not p.is_floating_point())
+        and (layout is None or p.ndim != 4 or p.is_contiguous(memory_format=layout))
+        for p in tensors
+    ):
         return network
     if isinstance(reuse, torch.nn.Module):
         old = [*reuse.parameters(), *reuse.buffers()]
@@ -85,7 +106,76 @@ def placed(network: Network, device: torch.device, dtype: torch.dtype | None, re
             for mine, now in zip(old, tensors, strict=True):
                 mine.copy_(now)
             return reuse
-    return copy.deepcopy(network).to(device, dtype)
+    converted = copy.deepcopy(network).to(device, dtype)
+    return converted if layout is None else converted.to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def addresses(network: Network) -> list[tuple[object, ...]]:
+    """Where a network's parameters and buffers lie and how: what graphs hold of them; of a function itself."""
+    if not isinstance(network, torch.nn.Module):
+        return [(id(network),)]
+    tensors = [*network.parameters(), *network.buffers()]
+    return [(id(network),), *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)]
+
+
+class Placed:
+    """What runs for a network, with the weights of today: itself, a converted copy, or on a CPU its packed form"""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.device, self.dtype = device, dtype
+        self._source: Network | None = None
+        self._copy: Network | None = None  # or the network itself
+        self._packed: Network | None = None
+        self._seen: Hashable = None
+
+    @contextlib.contextmanager
+    def current(self, network: Network) -> Iterator[Network]:
+        """The network that runs, in eval mode"""
+        seen = fingerprint(network) if isinstance(network, torch.nn.Module) else None
+        if network is not self._source:
+            self._source, self._copy, self._seen = network, None, None
+        # weights elsewhere than on a CPU are not looked at
+        if self._copy is None or seen != self._seen or device_of_network(network).type != "cpu":
+            reuse = None if self._copy is network else self._copy
+            self._copy, self._packed = placed(network, self.device, self.dtype, reuse), None
+            self._seen = seen
+        with eval_mode(self._copy):
+            if self._packed is None:
+                self._packed = self._copy
+                pack = getattr(self._copy, "packed", None)
+                if self.device.type == "cpu" and is_conditioned_apart(network) and callable(pack):
+                    self._packed = pack()
+            yield self._packed
+
+
+def fingerprint(network: torch.nn.Module) -> Hashable:
+    """Equal for two calls only where no parameter, buffer or hook has changed in between, but for a collision
+
+    On a CPU every weight is read once, so that writes without a trace in a version counter are seen: p.data.copy_.
+    """
+    modules = tuple((type(m), *(len(vars(m)[hooks]) for hooks in _HOOKS)) for m in network.modules())
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return (modules, *((name, *_identity(tensor), _checksum(tensor)) for name, tensor in tensors))
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, version
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """A hash of a tensor's bytes on a CPU, of which all but the last are summed in columns first"""
+    if tensor.device.type != "cpu":
+        return 0
+    tensor = tensor.detach()
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    raw = tensor.flatten().contiguous().view(torch.uint8)
+    if raw.storage_offset() % 8:
+        raw = raw.clone()
+    summed = raw.numel() // (8 * _COLUMNS) * (8 * _COLUMNS)
+    columns = raw[:summed].view(torch.int64).view(-1, _COLUMNS).sum(0)
+    return hash(columns.numpy().tobytes() + raw[summed:].numpy().tobytes())
 
 
 # how many are sampling each module right now, and the mode it goes back to after the last of them

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastdiff.checkpoint import load
-from fastdiff.diffusion_model import DiffusionModel
+from fastdiff.cuda_graph import NotCapturable
+from fastdiff.diffusion_model import DiffusionModel, Network
 from fastdiff.guidance import (
     GuidancePlan,
     Interval,
@@ -28,20 +30,23 @@ from fastdiff.guidance import (
 )
 from fastdiff.noise import Seed, resolve_seeds
 from fastdiff.placement import (
-    DTYPES,
+    Placed,
+    addresses,
     device_of,
     dtype_of,
-    eval_mode,
-    placed,
     preferred_dtype,
     resolve_device,
     resolve_dtype,
 )
+from fastdiff.request import build_table, check_images, count_images, noise_row
 from fastdiff.schedule import Steps
-from fastdiff.solvers import SOLVERS, Solver, StepTable
-from fastdiff_kernels import COEFS, STREAM_X_T, guided_step, load_row, philox_normal
+from fastdiff.solvers import Solver, StepTable
+from fastdiff.step import Networks, Randomness, Shape, Step, bucket
 
-__all__ = ["Cancelled", "Sampler", "sample"]
+__all__ = ["Cancelled", "OutOfMemoryError", "Sampler", "sample"]
+
+# batch shapes whose buffers and graphs are kept; without graphs, buffers of one
+KEPT = 4
 
 Model = DiffusionModel | str | PathLike[str]
 Noise = torch.Tensor | Callable[[int], torch.Tensor] | None
@@ -52,33 +57,25 @@ class Cancelled(RuntimeError):
     """A callback returned False."""
 
 
-@dataclass
-class _Buffers:
-    """What one batch shape keeps on the device, at fixed addresses: N images, N + M network rows."""
-
-    table: torch.Tensor  # (rows, NUM_COEFS)
-    times: torch.Tensor  # (rows,)
-    counter: torch.Tensor  # (1,) the next row
-    coefs: torch.Tensor  # (NUM_COEFS,) the current row
-    draw: torch.Tensor  # (1,) the current row's number
-    x: torch.Tensor  # (N, C, H, W) state
-    x0: torch.Tensor | None  # (N, C, H, W) predicted, where a callback wants it
-    noise: torch.Tensor | None  # (N, C, H, W), where the caller brings it
-    hist: torch.Tensor | None  # (N, C, H, W), where the solver has one
-    seeds: torch.Tensor  # (N,)
-    w: torch.Tensor  # (N,)
-    x_net: torch.Tensor  # (N + M, C, H, W) the network's input
-    t: torch.Tensor  # (N + M,)
-    y: torch.Tensor | None  # (N + M,)
+class _Batch(NamedTuple):
+    part: slice
+    plan: GuidancePlan
+    randomness: Randomness
 
 
-@dataclass(frozen=True)
-class _Replay:
-    """Where one batch's randomness comes from: its seeds, or the caller's own tensors."""
+class _Tabled(NamedTuple):
+    """A table, and which of its rows are guided"""
 
-    seeds: torch.Tensor
-    x_T: torch.Tensor | None
-    noise: Callable[[int], torch.Tensor] | None
+    table: StepTable
+    guided: npt.NDArray[np.bool_]
+
+
+class OutOfMemoryError(torch.OutOfMemoryError):
+    """The device's memory does not hold a batch; batch_size is one that was tried and fits, 0 if none does."""
+
+    def __init__(self, message: str, batch_size: int) -> None:
+        super().__init__(message)
+        self.batch_size = batch_size
 
 
 class Sampler:
@@ -96,15 +93,19 @@ class Sampler:
         CUDA and on CPUs with AMX, float32 elsewhere; other networks stay as they are. torch.float64 (CPU only) keeps
         table, state, noise and result in float64.
     batch_size: images at a time; None is all of them.
-    graph: "auto" and False run eagerly; True is a ValueError as long as there is no graph capture.
+    graph: capture a step as a CUDA graph and replay it once a row: "auto" where there is a GPU and the network can be
+        captured, with one warning where it cannot; True is a ValueError where it cannot be; False runs eagerly.
+        A graph serves batches up to its bucket (1, 2, 3, 4, 6, 8, 12, ... images), shorter ones are padded; the four
+        shapes that were used last are kept.
     check_finite: look for NaN and infinity after every row (one host read a row) and raise FloatingPointError that
         names row and image.
 
-    The network is used in place where device and dtype fit, and otherwise through a converted copy, which takes over
-    the network's weights and buffers at every call; `fastdiff.load(..., device=)` saves that. Calls from several
-    threads are served in turn; on a GPU they must share a stream.
+    The network is used in place where device, dtype and layout fit, and otherwise through a converted copy, which takes
+    over the network's weights and buffers at every call; `fastdiff.load(..., device=)` saves that. Weights that moved
+    or were replaced are noticed at every call. Calls from several threads are served in turn.
 
-    Raises ValueError, TypeError or CheckpointError naming the argument.
+    Raises ValueError, TypeError or CheckpointError naming the argument, and OutOfMemoryError, after which the memory is
+    free again and a smaller call succeeds.
     """
 
     def __init__(
@@ -125,14 +126,10 @@ class Sampler:
         dtype = resolve_dtype(dtype)
         if not isinstance(graph, bool) and graph != "auto":
             raise ValueError(f"graph must be 'auto', True or False, got {graph!r}")
-        if graph is True:
-            raise ValueError("graph=True: this version runs eagerly and captures no graphs; use graph='auto'")
         if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer)):
             raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if clip_x0 is not None and not isinstance(clip_x0, bool):
-            raise TypeError(f"clip_x0 must be True, False or None, got {clip_x0!r}")
         if not isinstance(check_finite, bool):
             raise TypeError(f"check_finite must be True or False, got {check_finite!r}")
         if not isinstance(model, DiffusionModel | str | PathLike):
@@ -149,17 +146,52 @@ class Sampler:
         self.dtype = self._convert_to or dtype_of(model)
         if self.dtype == torch.float64 and self.device.type != "cpu":
             raise ValueError(f"dtype=torch.float64 runs on the CPU only, got device {self.device}")
-        self.table = _build_table(model, solver, steps, eta, clip_x0)
-        self._guided = guided_rows(self.table.sigma_edm, guidance_interval)
+        if graph is True and not self._can_capture():
+            raise ValueError(f"graph=True needs a CUDA device, got {self.device}; use graph='auto'")
+        self._graph = graph
+        self.set_table(steps=steps, solver=solver, eta=eta, guidance_interval=guidance_interval, clip_x0=clip_x0)
         if isinstance(loaded, torch.nn.Module):
             loaded.to(self.device)  # once all of the above was right
-        self._network = self._source = model.network
+        self._placed = [Placed(self.device, self._convert_to) for _ in range(2)]
+        self._running: list[Network] = []
         self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.batch_size = batch_size
         self.check_finite = check_finite
-        self._buffers: tuple[tuple[int, int, bool, bool], _Buffers] | None = None
+        # those used last at the end
+        self._steps: OrderedDict[Shape, Step] = OrderedDict()
+        self._weights: object = None
+        self._graphing = graph is not False and self._can_capture()
+        self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
         self._lock = threading.Lock()
         self._sampling: int | None = None  # the thread that holds the lock
+
+    def set_table(
+        self,
+        *,
+        steps: Steps = 50,
+        solver: str | Solver = "ddim",
+        eta: float | None = None,
+        guidance_interval: Interval = None,
+        clip_x0: bool | None = None,
+    ) -> None:
+        """Another table from the next call on, the arguments as Sampler's; graphs that serve it are kept.
+
+        They serve every table of as many rows (up to 64, 128, 256, ...) that likewise has or lacks noise, history and
+        a learned variance.
+        """
+        if clip_x0 is not None and not isinstance(clip_x0, bool):
+            raise TypeError(f"clip_x0 must be True, False or None, got {clip_x0!r}")
+        table = build_table(self.model, solver, steps, eta, clip_x0)
+        # at once: another thread may be about to sample
+        self._tabled = _Tabled(table, guided_rows(table.sigma_edm, guidance_interval))
+
+    @property
+    def table(self) -> StepTable:
+        return self._tabled.table
+
+    def _can_capture(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def timesteps(self) -> list[float]:
@@ -179,16 +211,16 @@ class Sampler:
         callback: Callback = None,
     ) -> torch.Tensor:
         """Draw images: float32 (N, C, H, W), nominally in [-1, 1]; the arguments are those of `fastdiff.sample`."""
-        model = self.model
+        model, tabled = self.model, self._tabled
         y = resolve_labels(labels, model.num_classes, model.null_label)
         weights = resolve_w(w)
-        n = _count_images(num_images, y, weights, seed, x_T)
+        n = count_images(num_images, y, weights, seed, x_T)
         seeds = resolve_seeds(seed, n)
         shape = (n, *model.image_shape)
         if x_T is not None:
-            _check_images("x_T", x_T, shape)
+            check_images("x_T", x_T, shape)
         if isinstance(noise, torch.Tensor):
-            _check_images("noise", noise, (len(self.table), *shape))
+            check_images("noise", noise, (len(tabled.table), *shape))
         elif noise is not None and not callable(noise):
             raise TypeError(f"noise must be a tensor, a function of the row or None, got {type(noise).__name__}")
         if callback is not None and not callable(callback):
@@ -202,19 +234,31 @@ class Sampler:
                 part.stop - part.start,
                 num_classes=model.num_classes,
                 null_label=model.null_label,
+                has_null_model=model.null_model is not None,
             )
-            replay = _Replay(
+            randomness = Randomness(
                 seeds=seeds[part],
                 x_T=None if x_T is None else x_T[part],
-                noise=None if noise is None else functools.partial(_noise_row, noise, shape, part),
+                noise=None if noise is None else functools.partial(noise_row, noise, shape, part),
             )
-            batches.append((part, plan, replay))
-        total = len(batches) * len(self.table)
-        with self._turn(), self._current_network(), _progress_bar(progress, total) as bar:
-            images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
-            for part, plan, replay in batches:
-                images[part] = self._run(plan, replay, part.start, bar, callback)
-        return images
+            batches.append(_Batch(part, plan, randomness))
+        with self._turn(), self._current_networks(), _progress_bar(progress, len(batches) * len(tabled.table)) as bar:
+            size = min(self.batch_size or n, n)
+            try:
+                images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
+                for batch in batches:
+                    step = self._step(tabled, batch.plan, size, noise is not None, callback is not None)
+                    images[batch.part] = self._run(step, tabled, batch, bar, callback)
+                return images
+            except torch.OutOfMemoryError as error:
+                images = step = None  # type: ignore[assignment]
+                why = str(error).splitlines()[0]
+            # out here nothing of the attempt is held
+            self._release()
+            most = max(batches, key=lambda batch: batch.plan.M).plan
+            fits = self._largest_that_fits(tabled, most, size, noise is not None, callback is not None)
+            remedy = f"batch_size={fits} fits" if fits else "not even one image fits"
+            raise OutOfMemoryError(f"batch_size: {size} images at a time do not fit in memory, {remedy}: {why}", fits)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -225,126 +269,122 @@ class Sampler:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._sampling = threading.get_ident()
             try:
+                # the caller before may have used another stream
+                if self._done is not None:
+                    torch.cuda.current_stream(self.device).wait_event(self._done)
                 yield
             finally:
+                if self.device.type == "cuda":
+                    self._done = torch.cuda.current_stream(self.device).record_event()
                 self._sampling = None
 
     @contextlib.contextmanager
-    def _current_network(self) -> Iterator[None]:
-        """The network on the device with the weights that it has now, in eval mode; a copy is brought up to date."""
-        network = self.model.network
-        copied = self._network if self._source is network and self._network is not network else None
-        self._network = placed(network, self.device, self._convert_to, copied)
-        self._source = network
-        with eval_mode(self._network):
+    def _current_networks(self) -> Iterator[None]:
+        """Networks on the device with the weights that they have now, in eval mode; copies are brought up to date."""
+        model = self.model
+        sources = [model.network, *([] if model.null_model is None else [model.null_model.network])]
+        with contextlib.ExitStack() as stack:
+            pairs = zip(self._placed, sources, strict=False)
+            self._running = [stack.enter_context(place.current(network)) for place, network in pairs]
+            # graphs hold addresses, and would go on reading memory that others own by now
+            weights = [addresses(network) for network in self._running]
+            if weights != self._weights:
+                self._release()
+                self._weights = weights
             yield
 
-    def _run(self, plan: GuidancePlan, replay: _Replay, start: int, bar: Any, callback: Callback) -> torch.Tensor:
-        """One batch, from x_T to images, in the caller's order; start is its first image's number in the call."""
-        b = self._fill(plan, replay, callback is not None)
+    def _release(self) -> None:
+        """Drops every buffer and graph"""
+        self._steps.clear()
+        self._pool = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _step(self, tabled: _Tabled, plan: GuidancePlan, size: int, has_noise: bool, wants_x0: bool) -> Step:
+        """Buffers for a batch, with their graphs where there can be any
+
+        size: images of the call's other batches; a short one takes their graph.
+        """
+        m = plan.M if tabled.guided.any() else 0
+        if self._graphing:
+            n = bucket(size)
+            try:
+                return self._kept_step(tabled, n, n if m == plan.N else bucket(m), has_noise, wants_x0)
+            except NotCapturable as error:
+                self._release()
+                if self._graph is True:
+                    raise ValueError(f"graph=True: the network cannot be captured: {error}; use graph='auto'") from None
+                warnings.warn(f"sampling eagerly: the network cannot be captured: {error}", stacklevel=4)
+                self._graphing = False
+        return self._kept_step(tabled, plan.N, m, has_noise, wants_x0)
+
+    def _kept_step(self, tabled: _Tabled, n: int, m: int, has_noise: bool, wants_x0: bool) -> Step:
+        shape = Shape.of(tabled.table, n, m, has_noise and tabled.table.stochastic, wants_x0)
+        step = self._steps.pop(shape, None)
+        if step is None:
+            while len(self._steps) >= (KEPT if self._graphing else 1):
+                self._steps.popitem(last=False)
+            step = Step(self._networks(), shape)
+        if self._graphing:
+            if self._pool is None and self.device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
+            for live in {m if guided else 0 for guided in tabled.guided}:
+                step.capture(live, self._pool)
+        self._steps[shape] = step
+        return step
+
+    def _networks(self) -> Networks:
+        model = self.model
+        return Networks(
+            network=self._running[0],
+            null_network=None if model.null_model is None else self._running[1],
+            image_shape=model.image_shape,
+            has_labels=model.num_classes is not None,
+            null_label=model.null_label,
+            null_unlabelled=model.null_model is not None and model.null_model.num_classes is None,
+            device=self.device,
+            dtype=self.dtype,
+            state_dtype=self._state_dtype,
+        )
+
+    def _largest_that_fits(
+        self, tabled: _Tabled, plan: GuidancePlan, size: int, has_noise: bool, wants_x0: bool
+    ) -> int:
+        """The largest of size / 2, size / 4, ... images of which a row can be run, or 0"""
+        while size > 1:
+            size //= 2
+            # the guided come first
+            part = GuidancePlan(plan.order[:size], None if plan.y is None else plan.y[:size], plan.w[:size])
+            try:
+                self._try_row(self._step(tabled, part, size, has_noise, wants_x0))
+                return size
+            except torch.OutOfMemoryError:
+                continue
+            finally:
+                self._release()
+        return 0
+
+    def _try_row(self, step: Step) -> None:
+        if not step.graphs:
+            step.run(step.shape.m)
+
+    def _run(self, step: Step, tabled: _Tabled, batch: _Batch, bar: Any, callback: Callback) -> torch.Tensor:
+        """One batch, from x_T to images, in the caller's order"""
+        plan, (table, guided) = batch.plan, tabled
+        step.fill(table, plan, batch.randomness)
         inverse = plan.inverse.to(self.device)
-        rows = len(self.table)
-        for row in range(rows):
-            if b.noise is not None and replay.noise is not None and self.table.c_noise[row] != 0:
-                b.noise.copy_(replay.noise(row)[plan.order])
-            self._step(b, plan.M if self._guided[row] else 0)
+        for row in range(len(table)):
+            if step.noise is not None and batch.randomness.noise is not None and table.c_noise[row] != 0:
+                step.noise[: plan.N].copy_(batch.randomness.noise(row)[plan.order])
+            step(step.shape.m if guided[row] else 0)
             bar.update()
             if self.check_finite:
-                self._check_row(b.x[inverse], row, start)
-            if callback is not None and b.x0 is not None:
-                go_on = callback(row, rows, float(self.table.t[row]), b.x[inverse], b.x0[inverse])
+                _check_row(step.x[inverse], table, row, batch.part.start)
+            if callback is not None and step.x0 is not None:
+                go_on = callback(row, len(table), float(table.t[row]), step.x[inverse], step.x0[inverse])
                 if go_on is False:
-                    raise Cancelled(f"the callback stopped sampling after row {row} of {rows}")
-        return b.x[inverse]
-
-    def _fill(self, plan: GuidancePlan, replay: _Replay, wants_x0: bool) -> _Buffers:
-        """Everything that differs between calls goes into the buffers here; the steps read nothing else."""
-        key = (plan.N, plan.M, replay.noise is not None, wants_x0)
-        if self._buffers is None or self._buffers[0] != key:
-            self._buffers = None  # frees the old ones first
-            self._buffers = (key, self._allocate(*key))
-        b = self._buffers[1]
-        b.seeds.copy_(replay.seeds[plan.order])
-        b.w.copy_(plan.w)
-        if b.y is not None and plan.y is not None:
-            b.y[: plan.N].copy_(plan.y)
-            if self.model.null_label is not None:
-                b.y[plan.N :].fill_(self.model.null_label)
-        if replay.x_T is None:
-            b.x.copy_(philox_normal(b.seeds, self.model.image_shape, draw=0, stream=STREAM_X_T, dtype=b.x.dtype))
-        else:
-            b.x.copy_(replay.x_T[plan.order])
-        b.x_net[: plan.N].copy_(b.x)
-        b.x_net[plan.N :].copy_(b.x[: plan.M])
-        if b.hist is not None:
-            b.hist.zero_()
-        b.counter.zero_()
-        return b
-
-    def _allocate(self, n: int, m: int, has_noise: bool, wants_x0: bool) -> _Buffers:
-        def new(*shape: int, dtype: torch.dtype = self._state_dtype) -> torch.Tensor:
-            layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-            return torch.zeros(shape, dtype=dtype, device=self.device).contiguous(memory_format=layout)
-
-        shape = (n, *self.model.image_shape)
-        table = torch.from_numpy(self.table.pack(COEFS)).to(self.device, self._state_dtype)
-        return _Buffers(
-            table=table,
-            times=torch.from_numpy(self.table.t.copy()).to(self.device, self._state_dtype),
-            counter=new(1, dtype=torch.int64),
-            coefs=new(len(COEFS)),
-            draw=new(1, dtype=torch.int64),
-            x=new(*shape),
-            x0=new(*shape) if wants_x0 else None,
-            noise=new(*shape) if has_noise and self.table.stochastic else None,
-            hist=new(*shape) if self.table.has_history else None,
-            seeds=new(n, dtype=torch.int64),
-            w=new(n),
-            x_net=new(n + m, *self.model.image_shape, dtype=self.dtype),
-            t=new(n + m),
-            y=None if self.model.num_classes is None else new(n + m, dtype=torch.int64),
-        )
-
-    def _step(self, b: _Buffers, m: int) -> None:
-        """One row: what a graph captures. m is 0 or M; no host read, no new buffer, no branch on device data."""
-        live = len(b.x) + m
-        load_row(b.table, b.times, b.counter, b.coefs, b.t, b.draw)
-        out = self._network(b.x_net[:live], b.t[:live], None if b.y is None else b.y[:live])
-        self._check_output(out, live)
-        philox = self.table.stochastic and b.noise is None
-        guided_step(
-            b.x,
-            out,
-            b.coefs,
-            b.w,
-            x_net=b.x_net,
-            x0=b.x0,
-            hist=b.hist,
-            noise=b.noise,
-            seeds=b.seeds if philox else None,
-            draw=b.draw if philox else None,
-            learned=self.table.learned,
-        )
-
-    def _check_output(self, out: object, live: int) -> None:
-        C, H, W = self.model.image_shape
-        shapes = [(live, 2 * C, H, W)] if self.table.learned else [(live, C, H, W), (live, 2 * C, H, W)]
-        narrower = [dtype for dtype in DTYPES.values() if dtype.itemsize <= self._state_dtype.itemsize]
-        if isinstance(out, torch.Tensor) and out.dtype not in narrower:
-            raise TypeError(f"network(x, t, y) must return {' or '.join(map(str, narrower))}, got {out.dtype}")
-        if not isinstance(out, torch.Tensor) or tuple(out.shape) not in shapes:
-            got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise ValueError(
-                f"network(x, t, y) must return a tensor of shape {' or '.join(map(str, shapes))}, got {got}"
-            )
-
-    def _check_row(self, x: torch.Tensor, row: int, start: int) -> None:
-        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten()
-        if len(bad):
-            raise FloatingPointError(
-                f"image {start + int(bad[0])} is not finite after row {row} of {len(self.table)} "
-                f"(t = {self.table.t[row]:g})"
-            )
+                    raise Cancelled(f"the callback stopped sampling after row {row} of {len(table)}")
+        return step.x[inverse]
 
 
 def sample(
@@ -407,86 +447,12 @@ def sample(
     )
 
 
-def _build_table(
-    model: DiffusionModel, solver: str | Solver, steps: Steps, eta: float | None, clip_x0: bool | None
-) -> StepTable:
-    if isinstance(solver, str) and solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {sorted(SOLVERS)} or a function, got {solver!r}")
-    build = SOLVERS[solver] if isinstance(solver, str) else solver
-    if not callable(build):
-        raise TypeError(f"solver must be a name or a function that returns a StepTable, got {type(solver).__name__}")
-    takes = inspect.signature(build).parameters
-    options = {
-        "prediction": model.prediction,
-        "clip_x0": model.clip_x0 if clip_x0 is None else clip_x0,
-        "variance": model.variance,
-    }
-    # what a functools.partial has fixed already stays as it is
-    fixed = build.keywords if isinstance(build, functools.partial) else {}
-    if eta is not None:
-        if "eta" not in takes or "eta" in fixed:
-            why = "has none" if "eta" not in takes else "has fixed it already"
-            raise ValueError(f"eta: solver {solver!r} {why}; leave it out, or use solver='ddim'")
-        options["eta"] = eta
-    table = build(model.schedule, steps, **{k: v for k, v in options.items() if k in takes and k not in fixed})
-    if not isinstance(table, StepTable):
-        raise TypeError(f"solver must return a StepTable, got {type(table).__name__}")
-    if table.prediction != model.prediction:
-        raise ValueError(
-            f"solver must build its table for prediction={model.prediction!r}, got {table.prediction!r}; "
-            "a function must take prediction as an argument and pass it on"
+def _check_row(x: torch.Tensor, table: StepTable, row: int, start: int) -> None:
+    bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten()
+    if len(bad):
+        raise FloatingPointError(
+            f"image {start + int(bad[0])} is not finite after row {row} of {len(table)} (t = {table.t[row]:g})"
         )
-    return table
-
-
-def _count_images(
-    num_images: int | None, labels: torch.Tensor | None, w: torch.Tensor, seed: Seed, x_T: torch.Tensor | None
-) -> int:
-    """N, from whatever says it; all that say it must agree; 1 if none does."""
-    said: dict[str, int] = {}
-    if num_images is not None:
-        if isinstance(num_images, bool) or not isinstance(num_images, int | np.integer):
-            raise TypeError(f"num_images must be an integer, got {num_images!r}")
-        if num_images < 0:
-            raise ValueError(f"num_images must be at least 0, got {num_images}")
-        said["num_images"] = int(num_images)
-    if labels is not None and labels.ndim:
-        said["labels"] = len(labels)
-    if w.ndim:
-        said["w"] = len(w)
-    if seed is not None and not isinstance(seed, int | np.integer | str) and hasattr(seed, "__len__"):
-        if getattr(seed, "ndim", 1) != 1:
-            raise ValueError(f"seed must be an integer or a vector, got shape {tuple(seed.shape)}")  # type: ignore[union-attr]
-        said["seed"] = len(seed)
-    if x_T is not None:
-        if not isinstance(x_T, torch.Tensor) or x_T.ndim != 4:
-            raise ValueError(f"x_T must be a tensor (N, C, H, W), got {getattr(x_T, 'shape', type(x_T).__name__)}")
-        said["x_T"] = len(x_T)
-    if len(set(said.values())) > 1:
-        raise ValueError(
-            "these must agree on the number of images: " + ", ".join(f"{k} has {v}" for k, v in said.items())
-        )
-    return next(iter(said.values()), 1)
-
-
-def _check_images(argument: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{argument} must have shape {shape}, got {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{argument} must be floating point, got {tensor.dtype}")
-
-
-def _noise_row(
-    noise: torch.Tensor | Callable[[int], torch.Tensor], shape: tuple[int, ...], part: slice, row: int
-) -> torch.Tensor:
-    """The caller's noise for one row of one batch; a function is asked for all N images and cut."""
-    if isinstance(noise, torch.Tensor):
-        return noise[row, part]
-    values = noise(row)
-    if not isinstance(values, torch.Tensor):
-        raise TypeError(f"noise({row}) must return a tensor, got {type(values).__name__}")
-    _check_images(f"noise({row})", values, shape)
-    return values[part]
 
 
 @contextlib.contextmanager

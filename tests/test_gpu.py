@@ -79,15 +79,101 @@ def test_float64_is_refused_on_a_gpu() -> None:
 
 @pytest.mark.gpu
 def test_a_step_synchronises_with_no_host() -> None:
-    sampler = fastdiff.Sampler(small_model(), steps=5, solver="ddpm", device="cuda")
+    sampler = fastdiff.Sampler(small_model(), steps=5, solver="ddpm", device="cuda", graph=False)
     sampler([0, 1], 1.5, seed=0)  # buffers, cuDNN
-    assert sampler._buffers is not None
-    buffers = sampler._buffers[1]
-    buffers.counter.zero_()
+    (step,) = sampler._steps.values()
+    step.counter.zero_()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            sampler._step(buffers, 2)
+            step.run(2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+CALLS = {
+    "one": {"labels": [1], "w": 1.5},
+    "padded": {"labels": [0, 1, 2, 3, 0], "w": 1.5},
+    "unguided": {"labels": [0, 1, 2], "w": 0.0},
+    "guided in part": {"labels": [0, 1, 2, 3], "w": [0.0, 1.5, -1.0, 3.0]},
+    "batches": {"labels": [0, 1, 2, 3, 0], "w": 1.5},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("call", CALLS)
+def test_replays_give_the_images_of_an_eager_run(call: str, dtype: str) -> None:
+    """Whole trajectories; the same kernels at the same batch size, so to the last bit but for cuDNN's choices"""
+    options = {"steps": 10, "solver": "ddpm", "device": "cuda", "dtype": dtype, "guidance_interval": (0.1, 20.0)}
+    if call == "batches":
+        options["batch_size"] = 2
+    sampler = fastdiff.Sampler(small_model(), **options, graph=True)
+    eager = fastdiff.Sampler(small_model(), **options, graph=False)(**CALLS[call], seed=0)
+    for _ in range(2):
+        images = sampler(**CALLS[call], seed=0)
+        assert (images - eager).abs().max() < {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}[dtype]
+    assert sampler._graphing and all(step.graphs for step in sampler._steps.values())
+
+
+@pytest.mark.gpu
+def test_a_replayed_row_synchronises_with_no_host() -> None:
+    sampler = fastdiff.Sampler(small_model(), steps=5, solver="ddpm", device="cuda", graph=True)
+    sampler([0, 1], 1.5, seed=0)
+    (step,) = sampler._steps.values()
+    step.counter.zero_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_thousand_calls_keep_the_memory_that_ten_took() -> None:
+    sampler = fastdiff.Sampler(small_model(), steps=2, device="cuda")
+    taken = []
+    for i in range(1000):
+        sampler([i % 4] * (1 + i % 7), float(i % 2), seed=i)
+        if i in (30, 999):
+            torch.cuda.synchronize()
+            taken.append(torch.cuda.memory_allocated())
+    assert taken[1] <= 1.05 * taken[0] + 2**20
+
+
+@pytest.mark.gpu
+def test_out_of_memory_is_typed_and_leaves_the_device_usable() -> None:
+    sampler = fastdiff.Sampler(small_model(), steps=2, device="cuda")
+    small = sampler([0, 1], 1.5, seed=0)
+    free, _ = torch.cuda.mem_get_info()
+    # a state of a quarter of what is free, and several activations of it
+    too_many = free // 4 // (64 * 4)
+    with pytest.raises(fastdiff.OutOfMemoryError, match="batch_size") as e:
+        sampler([0] * too_many, 1.5, seed=0)
+    assert 0 < e.value.batch_size < too_many
+    assert torch.equal(sampler([0, 1], 1.5, seed=0), small)
+
+
+@pytest.mark.gpu
+def test_threads_on_streams_of_their_own_are_served_in_turn() -> None:
+    import threading
+
+    sampler = fastdiff.Sampler(small_model(), steps=5, device="cuda", dtype="float32")
+    calls = [{"labels": [i % 4] * (1 + i % 3), "w": float(i % 2), "seed": i} for i in range(8)]
+    expected = [sampler(**call) for call in calls]
+    results: list[torch.Tensor | None] = [None] * 8
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results[i] = sampler(**calls[i])
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, expected, strict=True):
+        assert got is not None and torch.equal(got, want)

@@ -22,11 +22,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "atomic": set(),
     "diffusion_model": {"schedule", "prediction"},
     "placement": {"diffusion_model"},
+    "cuda_graph": set(),
+    "request": {"diffusion_model", "noise", "schedule", "solvers"},
+    "step": {"cuda_graph", "diffusion_model", "guidance", "solvers", KERNELS},
     "solvers": {"schedule", "prediction"},
     "model": {KERNELS},
     "checkpoint": {"atomic", "diffusion_model", "model", "placement", "schedule"},
     "convert": {"diffusion_model", "model", "schedule"},
-    "sampler": {"solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS},
+    "sampler": {
+        *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
+        *("request", "step", "cuda_graph"),
+    },
     "training": {"atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS},
     "evaluation": {"sampler", "diffusion_model", "schedule", "prediction"},
 }

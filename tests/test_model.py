@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdiff.model import PRESETS, UNet, UNetConfig, timestep_embedding
-from fastdiff.model.blocks import AttentionBlock, Downsample, ResBlock, Upsample
+from fastdiff.model.blocks import AttentionBlock, Downsample, Features, ResBlock, Upsample
 
 TINY = UNetConfig(
     image_size=8,
@@ -93,7 +93,7 @@ def test_each_block_gets_the_rows_of_mod_that_mod_layout_names(scale_shift: bool
             module.register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[1]}))
     x, t, y = inputs()
     net(x, t, y)
-    mod, row = net.conditioning(t, y), 0
+    mod, row = net.modulation(net.embedding(t, y)), 0
     assert set(seen) == {name for name, _ in net.mod_layout}
     for name, rows in net.mod_layout:
         assert rows == net.get_submodule(name).out_channels * (2 if scale_shift else 1)
@@ -103,11 +103,15 @@ def test_each_block_gets_the_rows_of_mod_that_mod_layout_names(scale_shift: bool
 
 
 @pytest.mark.parametrize("scale_shift", [True, False], ids=["adagn", "add"])
-@pytest.mark.parametrize("resample", [None, "up", "down"])
-@pytest.mark.parametrize("out_channels", [8, 12])
-def test_resblock_is_the_equation(out_channels: int, resample: str | None, scale_shift: bool) -> None:
+@pytest.mark.parametrize(
+    "out_channels, resample, split",
+    [(8, None, 0), (8, "up", 0), (8, "down", 0), (12, None, 0), (12, None, 3), (12, None, 4)],
+)
+def test_resblock_is_the_equation(out_channels: int, resample: str | None, split: int, scale_shift: bool) -> None:
+    """split: channels of the first of two tensors that stand for their concatenation"""
     block = randomised(ResBlock(8, out_channels, groups=4, scale_shift=scale_shift, resample=resample).double())
     x = torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    parts = [Features(part) for part in (x.split((split, 8 - split), 1) if split else (x,))]
     mod = torch.randn(2, block.mod_rows, dtype=torch.float64)
     p = block.state_dict()
 
@@ -135,7 +139,33 @@ def test_resblock_is_the_equation(out_channels: int, resample: str | None, scale
     if out_channels != 8:
         weight = p["skip_connection.weight"][:, :, 0, 0]
         skip = torch.einsum("oc,bchw->bohw", weight, skip) + p["skip_connection.bias"][:, None, None]
-    torch.testing.assert_close(block(x, mod), skip + h, rtol=1e-10, atol=1e-10)
+    out = block(parts[0], mod, *parts[1:]).x
+    torch.testing.assert_close(out, skip + h, rtol=1e-10, atol=1e-10)
+
+
+def test_a_block_that_resamples_keeps_its_channels() -> None:
+    with pytest.raises(ValueError, match="must keep its channels, got 8 and 12"):
+        ResBlock(8, 12, groups=4, resample="up")
+
+
+@pytest.mark.parametrize("scale_shift", [True, False], ids=["adagn", "add"])
+@pytest.mark.parametrize("m", [0, 1, 2, 3])
+def test_what_both_rows_of_an_image_share_is_computed_once(m: int, scale_shift: bool) -> None:
+    """x of N rows under mod of N + M is x with its first M rows once more"""
+    net = tiny_unet(torch.float64, scale_shift=scale_shift)
+    x, t, y = inputs(3, torch.float64)
+    mod = net.modulation(net.embedding(torch.cat((t, t[:m])), torch.cat((y, (y[:m] + 1) % 3))))
+    rows: list[int] = []
+    block = net.get_submodule("input_blocks.1.0")
+    for module in (net.conv_first, block.in_layers["0"], block.conv_in, block.out_layers["0"], net.middle_block[0]):
+        module.register_forward_hook(lambda _, __, out: rows.append(len(out[0] if isinstance(out, tuple) else out)))
+    out = net.body(x, mod)
+    assert rows == [3, 3, 3, 3 + m, 3 + m]
+    torch.testing.assert_close(out, net.body(torch.cat((x, x[:m])), mod), rtol=1e-10, atol=1e-10)
+    assert m == 0 or (out[3:] - out[:m]).abs().max() > 1e-3
+    for wrong in (mod[:2], torch.cat((mod, mod, mod))):
+        with pytest.raises(ValueError, match="mod must have N to 2N rows, N = 3"):
+            net.body(x, wrong)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -154,7 +184,7 @@ def test_attention_is_a_softmax_per_head_of_qkv_rows(heads: int, layout: torch.m
             a = torch.exp(q.T @ k / math.sqrt(ch))
             h[b, rows] = v @ (a / a.sum(1, keepdim=True)).T
     h = torch.einsum("oc,bcn->bon", block.proj_out.weight[:, :, 0], h) + block.proj_out.bias[:, None]
-    out = block(x)
+    out = block(Features(x)).x
     torch.testing.assert_close(out, x + h.view_as(x), rtol=1e-10, atol=1e-10)
     assert out.stride() == x.stride()
 
@@ -162,12 +192,12 @@ def test_attention_is_a_softmax_per_head_of_qkv_rows(heads: int, layout: torch.m
 def test_resampling_with_and_without_convolution() -> None:
     x = torch.randn(2, 4, 6, 6)
     down, up = Downsample(4, conv=True), Upsample(4, conv=True)
-    assert down(x).shape == (2, 4, 3, 3)
-    torch.testing.assert_close(down(x), F.conv2d(x, down.op.weight, down.op.bias, padding=1)[..., ::2, ::2])
+    assert down(Features(x)).x.shape == (2, 4, 3, 3)
+    torch.testing.assert_close(down(Features(x)).x, F.conv2d(x, down.op.weight, down.op.bias, padding=1)[..., ::2, ::2])
     copies = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    torch.testing.assert_close(up(x), F.conv2d(copies, up.conv.weight, up.conv.bias, padding=1))
-    torch.testing.assert_close(Downsample(4, conv=False)(copies), x)
-    torch.testing.assert_close(Upsample(4, conv=False)(x), copies)
+    torch.testing.assert_close(up(Features(x)).x, F.conv2d(copies, up.conv.weight, up.conv.bias, padding=1))
+    torch.testing.assert_close(Downsample(4, conv=False)(Features(copies)).x, x)
+    torch.testing.assert_close(Upsample(4, conv=False)(Features(x)).x, copies)
     assert not list(Downsample(4, conv=False).parameters()) and not list(Upsample(4, conv=False).parameters())
 
 
@@ -235,10 +265,10 @@ def test_unconditional_network_takes_no_labels() -> None:
         net(x, t, y)
 
 
-def test_body_and_conditioning_compose_to_forward() -> None:
+def test_embedding_modulation_and_body_compose_to_forward() -> None:
     net = tiny_unet()
     x, t, y = inputs()
-    assert torch.equal(net.body(x, net.conditioning(t, y)), net(x, t, y))
+    assert torch.equal(net.body(x, net.modulation(net.embedding(t, y))), net(x, t, y))
 
 
 def test_images_of_a_batch_do_not_see_each_other() -> None:
@@ -261,8 +291,8 @@ def test_layout_changes_no_value_and_activations_are_channels_last(layout: torch
     net = tiny_unet(torch.float64).to(memory_format=layout)
     strays: list[str] = []
 
-    def watch(name: str, out: torch.Tensor) -> None:
-        if not out.is_contiguous(memory_format=torch.channels_last):
+    def watch(name: str, out: Features) -> None:
+        if not out.x.is_contiguous(memory_format=torch.channels_last):
             strays.append(name)
 
     for name, module in net.named_modules():

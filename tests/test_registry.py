@@ -124,7 +124,7 @@ def test_launches_stay_between_the_floor_and_what_is_not_fused(name: str) -> Non
 def test_a_handed_statistic_saves_a_launch() -> None:
     site = Site("", 192, 64, 32, modulated=False, silu=True, stats=True)
     names = [[plan.name for plan in norm_plans(s, 2, torch.float16)] for s in (site.plain, site.fused)]
-    assert names == [["statistics", "fold", "apply"], ["fold", "apply"]]
+    assert names == [["statistics", "apply"], ["apply"]]
     assert residual_plan(blocks("adm-64")[0], 2, torch.float16).name == "residual"
 
 
@@ -134,19 +134,19 @@ def test_a_site_computes_the_statistics_that_nobody_hands_in(name: str) -> None:
     for site in norm_sites(name):
         plans = [plan.name for plan in norm_plans(site, 2, torch.float16)]
         wanted = [not site.stats] + [not site.stats2] * (site.split is not None)
-        assert plans == ["slab"] or plans == ["statistics"] * sum(wanted) + ["fold", "apply"], site
+        assert plans == ["slab"] or plans == ["statistics"] * sum(wanted) + ["apply"], site
 
 
 @needs_triton
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_batch_of_two_gives_every_multiprocessor_a_program(name: str) -> None:
-    """But for the fold of a few numbers, and images of 16 x 16 and less, which have little to divide"""
+    """But for images of 16 x 16 and less, which have little to divide"""
     grids = {
         (plan.name, site): plan.grid[0]
         for norm in norm_sites(name)
         for site in (norm.plain, norm.fused)
         for plan in norm_plans(site, 2, torch.float16)
-        if plan.name != "fold" and site.side > 16
+        if site.side > 16
     }
     grids |= {("residual", b): residual_plan(b, 2, torch.float16).grid[0] for b in blocks(name) if b.out_side > 16}
     assert len(grids) > 10 and min(grids.values()) >= 132, sorted(grids.items(), key=lambda item: item[1])[0]

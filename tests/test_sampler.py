@@ -412,7 +412,7 @@ def test_a_sampler_serves_calls_in_and_out_of_inference_mode():
 class Mixed(nn.Module):
     """bfloat16 but for one float32 table"""
 
-    conditioning, num_labels = "names that our protocol uses as well", 2
+    embedding, num_labels = "names that our protocol uses as well", 2
 
     def __init__(self):
         super().__init__()
@@ -427,7 +427,7 @@ class Mixed(nn.Module):
 def test_a_foreign_network_keeps_every_parameters_dtype():
     sampler = Sampler(a_model(Mixed()), steps=STEPS)
     sampler([1], seed=0)
-    assert sampler.dtype == torch.bfloat16 and sampler._network is sampler.model.network
+    assert sampler.dtype == torch.bfloat16 and sampler._running == [sampler.model.network]
 
 
 def test_dropout_stays_off_while_anybody_samples_the_network():

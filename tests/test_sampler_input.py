@@ -97,7 +97,7 @@ BAD_OPTIONS = {
     "check_finite text": ({"check_finite": "no"}, TypeError, "check_finite must be True or False"),
     "more sections than timesteps": ({"steps": ",".join(["1"] * 1001)}, ValueError, "1001 sections do not fit"),
     "endless digits": ({"steps": "9" * 5000}, ValueError, "steps must be"),
-    "graph=True": ({"graph": True}, ValueError, "graph=True: this version runs eagerly"),
+    "graph=True": ({"graph": True}, ValueError, "graph=True needs a CUDA device, got cpu"),
     "graph unknown": ({"graph": "yes"}, ValueError, "graph must be 'auto', True or False, got 'yes'"),
     "clip_x0 text": ({"clip_x0": "no"}, TypeError, "clip_x0 must be"),
     "batch_size 0": ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),

@@ -1,26 +1,19 @@
 """One step of the sampler: no host read, no new buffer, so that a graph can capture it"""
 
-import dataclasses
-import functools
+import copy
 
-import numpy as np
 import pytest
 import torch
-from reference.networks import NULL, mixing, mixing_learned, randomness
+from reference.networks import mixing
+from sampling_cases import SHAPE, STEPS, TABLES, sampled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
-import fastdiff.sampler
-from fastdiff import DiffusionModel, Sampler, Schedule, StepTable
-from fastdiff.solvers import ddim
+import fastdiff.step
+from fastdiff.step import Step
 from fastdiff_kernels import guided_step
 
-SHAPE, STEPS = (2, 4, 4), 6
 aten = torch.ops.aten
-
-
-def a_model(network=mixing, **options) -> DiffusionModel:
-    return DiffusionModel(network, "linear", **{"image_shape": SHAPE, "null_label": NULL} | options)
 
 
 class NoHostReads(TorchDispatchMode):
@@ -46,58 +39,24 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def addresses(buffers) -> dict[str, int]:
-    values = {f.name: getattr(buffers, f.name) for f in dataclasses.fields(buffers)}
-    return {name: value.data_ptr() for name, value in values.items() if isinstance(value, torch.Tensor)}
+def addresses(step: Step) -> dict[str, int]:
+    buffers = {name: value for name, value in vars(step).items() if isinstance(value, torch.Tensor)}
+    return {name: buffer.data_ptr() for name, buffer in buffers.items()}
 
 
 def watch(monkeypatch) -> list[int]:
-    """Holds every later step to its word; returns a list that grows by the size of each"""
-    step, watched = Sampler._step, []
+    """Holds every later row to its word; returns a list that grows by the number of buffers of each"""
+    run, watched = Step.run, []
 
-    def watched_step(self, buffers, *rest):
-        before = addresses(buffers)
+    def watched_run(self, m):
+        before = addresses(self)
         with NoHostReads():
-            step(self, buffers, *rest)
-        assert addresses(buffers) == before, "a step replaced a buffer"
+            run(self, m)
+        assert addresses(self) == before, "a row replaced a buffer"
         watched.append(len(before))
 
-    monkeypatch.setattr(Sampler, "_step", watched_step)
+    monkeypatch.setattr(Step, "run", watched_run)
     return watched
-
-
-def with_history(schedule: Schedule, steps, *, prediction: str) -> StepTable:
-    """DDIM, half of whose x0 comes through the history and is taken away again"""
-    table = ddim(schedule, steps, prediction=prediction, clip_x0=False)
-    h_x0 = np.ones(len(table))
-    # the x0 of the row before and of this row are equal to the table, which knows no images
-    c_hist = np.full(len(table), -0.1)
-    c_hist[[0, -1]] = 0
-    return dataclasses.replace(table, h_x0=h_x0, c_hist=c_hist, c_x0=table.c_x0 - c_hist)
-
-
-TABLES = {
-    "unguided": ({"solver": "ddim"}, {"labels": [1, 2, 3]}),
-    "guided": ({"solver": "ddim"}, {"labels": [1, 2, 3], "w": 1.5}),
-    "guided in part": ({"solver": "ddim", "guidance_interval": (0.1, 5.0)}, {"labels": [1, 2, 3], "w": [0, 1.5, -1]}),
-    "unconditional": ({"solver": "ddim"}, {"num_images": 3}),
-    "stochastic": ({"solver": "ddpm"}, {"labels": [1, 2, 3], "w": [0, 1.5, -1]}),
-    "eta": ({"solver": "ddim", "eta": 0.5, "dtype": "float64"}, {"labels": [1, 2, 3]}),
-    "eps network": ({"solver": functools.partial(ddim, eps="network")}, {"labels": [1, 2, 3], "w": 1.5}),
-    "bfloat16": ({"solver": "ddim", "dtype": "bfloat16"}, {"labels": [1, 2, 3], "w": 1.5}),
-    "learned": ({"solver": "ddpm"}, {"labels": [1, 2, 3], "w": 1.5}),
-    "replayed": ({"solver": "ddpm"}, {"labels": [1, 2, 3], "w": 1.5, "noise": randomness(STEPS, 3)[1]}),
-    "history": ({"solver": with_history}, {"labels": [1, 2, 3], "w": 1.5}),
-    "callback": ({"solver": "ddpm"}, {"labels": [1, 2, 3], "w": 1.5, "callback": lambda *_: None}),
-}
-
-
-def sampled(table: str, network=None, **changes) -> torch.Tensor:
-    options, call = TABLES[table]
-    learned = table == "learned"
-    network = network or (mixing_learned if learned else mixing)
-    model = a_model(network, variance="learned_range" if learned else "fixed_small")
-    return Sampler(model, **{"steps": STEPS, **options, **changes})(**call, seed=0)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -111,17 +70,22 @@ def test_a_step_reads_nothing_on_the_host_and_keeps_every_buffer(monkeypatch, ta
 @pytest.mark.parametrize("table", TABLES)
 def test_a_step_runs_on_tensors_that_hold_no_data(monkeypatch, table):
     """On the meta device any read of data is an error, and so is mixing in a tensor that a step made elsewhere"""
-    step, shapes = Sampler._step, []
+    run, shapes = Step.run, []
 
-    def on_meta(self, buffers, *rest):
-        values = {f.name: getattr(buffers, f.name) for f in dataclasses.fields(buffers)}
-        meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-        step(self, dataclasses.replace(buffers, **meta), *rest)
-        shapes.append(meta["x"].shape)
-        step(self, buffers, *rest)
+    def on_meta(self, m):
+        meta = copy.copy(self)
+        for part in ("part", "null_part"):
+            setattr(meta, part, copy.copy(getattr(self, part)))
+        for owner in (meta, meta.part):
+            for name, value in vars(owner).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(owner, name, value.to("meta"))
+        run(meta, m)
+        shapes.append(meta.x.shape)
+        run(self, m)
 
     expected = sampled(table)
-    monkeypatch.setattr(Sampler, "_step", on_meta)
+    monkeypatch.setattr(Step, "run", on_meta)
     assert torch.equal(sampled(table), expected)
     assert shapes == [(3, *SHAPE)] * STEPS
 
@@ -161,7 +125,7 @@ def test_the_watch_sees_a_step_that_reads_its_data(monkeypatch):
         assert float(x.abs().max()) >= 0
         guided_step(x, out, *args, **kwargs)
 
-    monkeypatch.setattr(fastdiff.sampler, "guided_step", nosy)
+    monkeypatch.setattr(fastdiff.step, "guided_step", nosy)
     sampled("guided")
     watch(monkeypatch)
     with pytest.raises(AssertionError, match=r"_local_scalar_dense.* inside a step"):
@@ -170,13 +134,13 @@ def test_the_watch_sees_a_step_that_reads_its_data(monkeypatch):
 
 @pytest.mark.parametrize("name", ["x", "x_net", "coefs", "t"])
 def test_the_watch_sees_a_replaced_buffer(monkeypatch, name):
-    step = Sampler._step
+    run = Step.run
 
-    def careless(self, buffers, *rest):
-        step(self, buffers, *rest)
-        setattr(buffers, name, getattr(buffers, name).clone())
+    def careless(self, m):
+        run(self, m)
+        setattr(self, name, getattr(self, name).clone())
 
-    monkeypatch.setattr(Sampler, "_step", careless)
+    monkeypatch.setattr(Step, "run", careless)
     watch(monkeypatch)
     with pytest.raises(AssertionError, match="replaced a buffer"):
         sampled("guided")

@@ -73,10 +73,24 @@ def forward_process(n: int, c: int, side: int, *, noise: bool, prediction: str =
     q_sample(images(n, c, side, side), alpha, alpha, **given, prediction=prediction, impl="triton")
 
 
-def end_of_block(b: int, c: int, h: int, w: int, *, resample: str | None = None, stats: bool = True) -> None:
+def end_of_block(
+    b: int, c: int, h: int, w: int, *, resample: str | None = None, stats: bool = True, shared: int = 0
+) -> None:
     factor = {"down": 2, "up": 0.5, None: 1}[resample]
-    skip = images(b, c, int(h * factor), int(w * factor))
+    skip = images(b - shared, c, int(h * factor), int(w * factor))
     residual(images(b, c, h, w), torch.randn(c), skip, resample=resample, stats=stats, impl="triton")
+
+
+def end_of_wide_block(
+    b: int, c: int, h: int, w: int, *, parts: tuple[int, ...], bias: bool = True, stats: bool = True, shared: int = 0
+) -> None:
+    skips = [images(b - shared * i, part, h, w) for i, part in enumerate(parts)]
+    weight = torch.randn(c, sum(parts)).half()
+    residual(
+        *(images(b, c, h, w), torch.randn(c) if bias else None, skips[0], skips[1] if len(skips) > 1 else None, weight),
+        stats=stats,
+        impl="triton",
+    )
 
 
 def norm(
@@ -91,10 +105,11 @@ def norm(
     folded: bool = False,
     handed: bool = False,
     shared: int = 0,
+    shared2: int = 0,
     resample: str | None = None,
     backward: bool = False,
 ) -> None:
-    x, x2 = images(b, c - split, h, w), images(b, split, h, w) if split else None
+    x, x2 = images(b, c - split, h, w), images(b - shared2, split, h, w) if split else None
     weight, bias = torch.randn(2, c).half()
     scale, shift = torch.randn(b + shared, 2 * c).half().chunk(2, dim=1) if modulated else (None, None)
     stats, stats2 = (reference.chunk_statistics(t, 4) if handed and t is not None else None for t in (x, x2))
@@ -129,11 +144,21 @@ CASES: dict[str, tuple[Callable[..., None], tuple[int, ...], dict[str, object]]]
     "residual_bare": (end_of_block, (1, 96, 3, 5), {"stats": False}),
     "residual_down": (end_of_block, (2, 64, 5, 4), {"resample": "down"}),
     "residual_up": (end_of_block, (2, 40, 10, 14), {"resample": "up"}),
+    "residual_shared": (end_of_block, (3, 24, 5, 7), {"shared": 1}),
+    "residual_shared_up": (end_of_block, (2, 24, 4, 6), {"shared": 1, "resample": "up"}),
+    "projection": (end_of_wide_block, (3, 70, 9, 10), {"parts": (24, 48), "shared": 1}),
+    "projection_of_one": (end_of_wide_block, (2, 64, 12, 12), {"parts": (64,), "bias": False}),
+    "projection_bare": (end_of_wide_block, (1, 5, 3, 5), {"parts": (3, 7), "stats": False}),
     "norm": (norm, (2, 48, 5, 6), {"groups": 8}),
     "norm_modulated": (norm, (2, 36, 7, 9), {"groups": 3, "modulated": True, "folded": True}),
     "norm_shared": (norm, (2, 24, 6, 4), {"groups": 4, "modulated": True, "shared": 1}),
     "norm_shared_down": (norm, (2, 24, 6, 4), {"groups": 4, "modulated": True, "shared": 1, "resample": "down"}),
     "norm_concat": (norm, (2, 72, 10, 10), {"groups": 6, "split": 24, "handed": True}),
+    "norm_concat_shared": (
+        norm,
+        (3, 72, 5, 6),
+        {"groups": 4, "split": 40, "shared2": 1, "folded": True, "handed": True},
+    ),
     "norm_concat_up": (norm, (1, 72, 6, 6), {"groups": 4, "split": 40, "folded": True, "resample": "up"}),
     "norm_down": (norm, (2, 40, 10, 8), {"groups": 5, "resample": "down"}),
     "backward": (norm, (2, 48, 9, 10), {"groups": 3, "modulated": True, "folded": True, "backward": True}),
@@ -152,14 +177,25 @@ def launches(name: str) -> list[str]:
     """What a case is made of; a backward pass that nothing wants dx of folds and ends"""
     run, _, options = (CASES | SPLIT)[name]
     if run is not norm:
-        return {philox: ["philox"] * 2, step: ["guided_step"], head: ["load_row"], forward_process: ["q_sample"]}.get(
-            run, ["residual"]
-        )
+        return {
+            philox: ["philox"] * 2,
+            step: ["guided_step"],
+            head: ["load_row"],
+            forward_process: ["q_sample"],
+            end_of_block: ["residual"],
+            end_of_wide_block: ["projection"],
+        }[run]
     backward = bool(options.get("backward"))
     if name in CASES:
         return ["slab"] + ["slab_backward"] * backward
     statistics = 0 if options.get("handed") else 1 + ("split" in options)
-    return ["statistics"] * statistics + ["fold", "apply"] + ["sums", "fold_sums", "dx"] * backward
+    return ["statistics"] * statistics + ["apply"] + ["sums", "fold_sums", "dx"] * backward
+
+
+@pytest.mark.parametrize("name", [name for name in SPLIT if name.startswith("norm")])
+def test_the_formula_of_apply_holds_for_programs_of_several_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_tuning.trial, "apply", {"BLOCK_P": 8, "TILES": 3, "BLOCK_C": 16})
+    test_a_formula_is_what_the_interpreter_counts(name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", [*CASES, *SPLIT])

@@ -2,13 +2,23 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdiff.model.blocks import AdaGroupNorm, AttentionBlock, Downsample, ResBlock, Stage, Upsample, zero_init
+from fastdiff.model.blocks import (
+    AdaGroupNorm,
+    AttentionBlock,
+    Downsample,
+    Features,
+    ResBlock,
+    Stage,
+    Upsample,
+    zero_init,
+)
+from fastdiff.model.convolution import Conv2d
 from fastdiff.model.embeddings import timestep_embedding
 
 
@@ -158,7 +168,7 @@ class UNet(nn.Module):
         widths = config.widths
         ch = widths[0]
         skips = [ch]
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, ch, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(config.in_channels, ch, 3, padding=1)])])
         for level, width in enumerate(widths):
             for _ in range(config.num_blocks):
                 self.input_blocks.append(Stage([self._res_block(ch, width), *self._attention(level)]))
@@ -180,7 +190,7 @@ class UNet(nn.Module):
                 if level and i == config.num_blocks:
                     layers.append(self._resample(ch, "up"))
                 self.output_blocks.append(Stage(layers))
-        conv_out = zero_init(nn.Conv2d(ch, config.out_channels, 3, padding=1))
+        conv_out = zero_init(Conv2d(ch, config.out_channels, 3, padding=1))
         self.out = nn.ModuleDict({"0": AdaGroupNorm(ch, config.groups), "2": conv_out})
 
         self.mod_layout = tuple((name, m.mod_rows) for name, m in self.named_modules() if isinstance(m, ResBlock))
@@ -211,8 +221,12 @@ class UNet(nn.Module):
             return self._res_block(channels, channels, resample=direction)
         return (Upsample if direction == "up" else Downsample)(channels, conv=self.config.conv_resample)
 
-    def conditioning(self, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """All blocks' modulation, (B, rows of mod): the part of the network that sees no image
+    @property
+    def conv_first(self) -> Conv2d:
+        return cast(Conv2d, cast(nn.ModuleList, self.input_blocks[0])[0])
+
+    def embedding(self, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """silu(time embedding + label embedding), (B, 4 * channels): what the modulation is a product of
 
         t: (B,), fractional allowed; y: (B,) int64 rows of label_emb, or None exactly if the network has no labels.
         """
@@ -223,12 +237,17 @@ class UNet(nn.Module):
         emb = self.time_embed(features.to(self.mod.weight.dtype))
         if y is not None:
             emb = emb + self.label_emb(y)
-        return self.mod(F.silu(emb))
+        return F.silu(emb)
+
+    def modulation(self, embedding: torch.Tensor) -> torch.Tensor:
+        """All blocks' modulation in one product, (B, rows of mod)"""
+        return self.mod(embedding)
 
     def body(self, x: torch.Tensor, mod: torch.Tensor) -> torch.Tensor:
-        """The image path: x (B, in_channels, H, W), mod from conditioning -> (B, out_channels, H, W)
+        """The image path: x (N, in_channels, H, W), mod (N + M, rows of mod) -> (N + M, out_channels, H, W)
 
-        H and W may differ from image_size but are multiples of 2 ** (levels - 1).
+        M in [0, N]: row N + j is image j under a modulation of its own, and what no modulation has reached yet is
+        computed once for both. H and W may differ from image_size but are multiples of 2 ** (levels - 1).
         """
         stride = 2 ** (len(self.config.channel_mult) - 1)
         if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % stride or x.shape[3] % stride:
@@ -236,25 +255,33 @@ class UNet(nn.Module):
                 f"x must have shape (B, {self.config.in_channels}, H, W) with H and W multiples of {stride}, "
                 f"got {tuple(x.shape)}"
             )
+        if not len(x) <= len(mod) <= 2 * len(x):
+            raise ValueError(f"mod must have N to 2N rows, N = {len(x)} of x, got {len(mod)}")
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.mod.weight.dtype)
         mods = iter(mod.split([rows for _, rows in self.mod_layout], dim=1))
         # One channel has no layout of its own, so the layout of everything after is set here
-        h = self.input_blocks[0](x, mods).contiguous(memory_format=torch.channels_last)
+        h = Features(self.conv_first(x).contiguous(memory_format=torch.channels_last))
         hs = [h]
         for block in self.input_blocks[1:]:
             h = block(h, mods)
             hs.append(h)
         h = self.middle_block(h, mods)
         for block in self.output_blocks:
-            h = block(torch.cat([h, hs.pop()], dim=1), mods)
+            h = block(h, mods, hs.pop())
         return self.out["2"](self.out["0"](h))
+
+    def packed(self) -> nn.Module:
+        """This network for inference on a CPU with the weights of today, as fast as oneDNN can be, or itself"""
+        from fastdiff.model.packed import packed
+
+        return packed(self)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """x: (B, in_channels, H, W); t: (B,), in [0, T); y: (B,) int64 or None -> (B, out_channels, H, W)"""
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must have shape ({x.shape[0]},), one time an image, got {tuple(t.shape)}")
-        return self.body(x, self.conditioning(t, y))
+        return self.body(x, self.modulation(self.embedding(t, y)))
 
 
 # Table 4 and section 4 of 2105.05233; 1000 ImageNet classes and no null row, learned variance

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from . import _plan
+
 IMPLS = ("auto", "triton", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,9 +37,14 @@ def check_impl(impl: str, x: Tensor, name: str = "x", dtypes: tuple[torch.dtype,
 
 
 def uses_triton(impl: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = TRITON_DTYPES) -> bool:
-    """Decides for an impl that check_impl let pass"""
+    """Decides for an impl that check_impl let pass
+
+    On the meta device "auto" is what it would be on a GPU while somebody observes plans, who then sees every launch.
+    """
     if impl != "auto":
         return impl == "triton"
+    if x.is_meta:
+        return bool(_plan.observers) and x.dtype in dtypes and HAS_TRITON
     return x.is_cuda and x.dtype in dtypes and _triton_or_warn()
 
 

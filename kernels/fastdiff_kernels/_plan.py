@@ -28,7 +28,8 @@ class Plan:
 
     args: tensors, integers, floats or None by parameter name, whose values Triton may specialise on.
     constexprs: what the code is generated for. A grid with a zero launches nothing.
-    Tensors on the meta device have shape, strides and no memory: such a plan can be built ahead of time, not launched.
+    Tensors on the meta device have shape, strides and no memory: such a plan can be built ahead of time, and its launch
+    is seen by observers and does nothing.
     """
 
     kernel: Any
@@ -45,9 +46,9 @@ class Plan:
     def launch(self) -> None:
         for observe in observers:
             observe(self)
-        if 0 in self.grid:
-            return
         tensor = next(value for value in self.args.values() if isinstance(value, Tensor))
+        if 0 in self.grid or tensor.is_meta:
+            return
         # Triton launches on the current device, which need not be that of the tensors
         with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
             self.kernel[self.grid](**self.args, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)

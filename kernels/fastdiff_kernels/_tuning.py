@@ -17,7 +17,7 @@ import torch
 CONFIGS = Path(__file__).parent / "configs"
 
 # kernels that sum over pixels: an image's result may not depend on how many come with it, so all batches share a bucket
-SUMS = frozenset({"statistics", "residual", "slab", "sums", "dx", "slab_backward"})
+SUMS = frozenset({"statistics", "residual", "projection", "slab", "apply", "sums", "dx", "slab_backward"})
 
 # that two images, one doubled for guidance, should have of a kernel: the multiprocessors of an H100
 PROGRAMS = 132
@@ -32,12 +32,12 @@ trial: dict[str, dict[str, int]] = {}
 def num_chunks(pixels: int) -> int:
     """Chunks of an image's pixels whose statistics are kept apart; independent of batch and device, as results must be
 
-    More cost bytes, fewer leave a GPU idle: two images of 16 x 16 and 576 channels are 144 programs of 64 channels, of
-    64 x 64 and 192 are 192, of 256 x 256 and 256 are 512.
+    Every program of a norm reads those of all chunks, so more cost bytes; fewer leave a GPU idle: two images of
+    16 x 16 and 576 channels are 144 programs of 32 channels, of 64 x 64 and 192 are 192, of 256 x 256 and 256 are 512.
     """
-    # of 32 pixels up to 16 x 16, then of 64 or more: 8 to 32 chunks, 64 above 64 x 64; for symbolic sizes, too
-    small = torch.sym_min(8, -(-pixels // 32))
-    large = torch.sym_min(torch.sym_ite(pixels > 64 * 64, 64, 32), -(-pixels // 64))
+    # 4 of up to 128 pixels, then 4 to 16 of 128 or more, 32 above 64 x 64; for symbolic sizes, too
+    small = torch.sym_min(4, -(-pixels // 32))
+    large = torch.sym_min(torch.sym_ite(pixels > 64 * 64, 32, 16), -(-pixels // 128))
     return torch.sym_max(torch.sym_max(1, small), large)
 
 
@@ -49,12 +49,12 @@ def power_of_two(n: int) -> int:
 def channel_block(channels: int, tiles: int = PROGRAMS) -> int:
     """Channels of a program: 64, or 32 where only that divides, so that no lane is masked; fewer for narrow tensors
 
-    tiles: programs of an image beside one another in its pixels; where 64 channels make too few programs, 32.
+    tiles: programs of an image beside one another in its pixels; where these make too few programs, down to 16.
     """
-    few = 2 * tiles * -(-channels // 64) < PROGRAMS
-    if channels % 32 == 0 and (channels % 64 or few):
-        return 32
-    return min(64, power_of_two(channels))
+    block = 32 if channels % 64 == 32 else min(64, power_of_two(channels))
+    while block > 16 and channels % (block // 2) == 0 and 2 * tiles * -(-channels // block) < PROGRAMS:
+        block //= 2
+    return block
 
 
 def bucket(kernel: str, rows: int, channels: int, pixels: int, dtype: torch.dtype, rule: dict[str, int]) -> str:

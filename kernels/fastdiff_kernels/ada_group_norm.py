@@ -25,17 +25,18 @@ def _forward(
     eps: float,
     silu: bool,
     resample: str | None,
+    need_moments: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """y, and (2, B, groups) of each group's mean and 1 / sqrt(var + eps) for the backward pass"""
+    """y, and (2, B, groups) of each group's mean and 1 / sqrt(var + eps) for a backward pass, or no elements"""
     if uses_triton(impl, x):
         from .jit.ada_group_norm import plan_ada_group_norm
         from .jit.norm import Norm
 
-        y, moments = _outputs(x, x2, scale, groups, resample)
+        y, moments = _outputs(x, x2, scale, groups, resample, need_moments)
         weight, bias, x_bias, stats, stats2 = _dense(weight, bias, x_bias, stats, stats2)
         norm = Norm(x, x2, x_bias, weight, bias, scale, shift, silu, resample)
-        for plan in plan_ada_group_norm(norm, y, moments, eps, stats, stats2):
+        for plan in plan_ada_group_norm(norm, y, moments if need_moments else None, groups, eps, stats, stats2):
             plan.launch()
         return y, moments
     whole = _whole(x, x2, x_bias)
@@ -50,7 +51,7 @@ def _forward(
     slope = reference.repeat_rows(reference.spread(moments[1], whole), rows) * gain
     y = reference.repeat_rows(centred, rows).mul_(slope).add_(offset)
     y = reference.resampled(F.silu(y, inplace=True) if silu else y, resample)
-    return _in_layout(y, _empty_y(x, y.shape, "meta")), moments
+    return _in_layout(y, _empty_y(x, y.shape, "meta")), moments if need_moments else moments.new_empty(0)
 
 
 def _dense(*operands: Tensor | None) -> list[Any]:
@@ -60,7 +61,7 @@ def _dense(*operands: Tensor | None) -> list[Any]:
 
 def _whole(x: Tensor, x2: Tensor | None, x_bias: Tensor | None) -> Tensor:
     """[x, x2] + x_bias in the dtype of the statistics"""
-    whole = (x if x2 is None else torch.cat((x, x2), 1)).to(torch.promote_types(x.dtype, torch.float32))
+    whole = reference.joined(x, x2).to(torch.promote_types(x.dtype, torch.float32))
     return whole if x_bias is None else whole + x_bias.to(whole.dtype)[:, None, None]
 
 
@@ -81,7 +82,7 @@ def _in_layout(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _outputs(
-    x: Tensor, x2: Tensor | None, scale: Tensor | None, groups: int, resample: str | None
+    x: Tensor, x2: Tensor | None, scale: Tensor | None, groups: int, resample: str | None, need_moments: bool
 ) -> tuple[Tensor, Tensor]:
     b, c1, height, width = x.shape
     if resample == "up":
@@ -90,7 +91,8 @@ def _outputs(
         height, width = height // 2, width // 2
     shape = (b if scale is None else scale.shape[0], c1 + (0 if x2 is None else x2.shape[1]), height, width)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return _empty_y(x, shape), torch.empty((2, b, groups), dtype=dtype, device=x.device)
+    moments = (2, b, groups) if need_moments else (0,)
+    return _empty_y(x, shape), torch.empty(moments, dtype=dtype, device=x.device)
 
 
 def _backward(
@@ -171,8 +173,8 @@ _backward_op = torch.library.custom_op("fastdiff_kernels::ada_group_norm_backwar
 def _(
     x: Tensor, x2: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    groups, _eps, _silu, resample, _impl = rest[-5:]
-    return _outputs(x, x2, scale, groups, resample)
+    groups, _eps, _silu, resample, need_moments, _impl = rest[-6:]
+    return _outputs(x, x2, scale, groups, resample, need_moments)
 
 
 @_backward_op.register_fake
@@ -188,7 +190,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, x2, x_bias, weight, bias, scale, shift, *_, ctx.silu, ctx.resample, ctx.impl = inputs
+    x, x2, x_bias, weight, bias, scale, shift, *_, ctx.silu, ctx.resample, _, ctx.impl = inputs
     ctx.save_for_backward(x, x2, x_bias, weight, bias, scale, shift, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -196,13 +198,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
-        return (None,) * 14
+        return (None,) * 15
     x, x2, x_bias, weight, bias, scale, shift, moments = ctx.saved_tensors
     wanted = dict(zip(("x", "x2", "x_bias", "weight", "bias", "scale", "shift"), ctx.needs_input_grad[:7], strict=True))
     need_dx = wanted["x"] or wanted["x2"] or wanted["x_bias"]
+    repeated = None if x2 is None else reference.repeat_rows(x2, x.shape[0])
     dx, dx2, dx_bias, (sum_g, sum_gx) = _backward_op(
-        g, x, x2, x_bias, weight, bias, scale, shift, moments, ctx.silu, ctx.resample, need_dx, ctx.impl
+        g, x, repeated, x_bias, weight, bias, scale, shift, moments, ctx.silu, ctx.resample, need_dx, ctx.impl
     )
+    if wanted["x2"] and x2.shape[0] != x.shape[0]:
+        dx2 = _in_layout(_summed_rows(dx2, x2.shape[0]), torch.empty_like(x2, device="meta"))
     grads: dict[str, Tensor] = {"x": dx, "x2": dx2}
     if wanted["x_bias"]:
         grads["x_bias"] = dx_bias.to(x_bias.dtype)
@@ -217,7 +222,14 @@ def _differentiate(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor
         grads["weight"] = sum_gx.sum(0).to(weight.dtype)
     if wanted["bias"]:
         grads["bias"] = sum_g.sum(0).to(bias.dtype)
-    return *(grads.get(name) if need else None for name, need in wanted.items()), *(None,) * 7
+    return *(grads.get(name) if need else None for name, need in wanted.items()), *(None,) * 8
+
+
+def _summed_rows(dx: Tensor, rows: int) -> Tensor:
+    """Row b is the sum of row b and, where there is one, of row b + rows, in the dtype of the statistics"""
+    total = dx[:rows].to(torch.promote_types(dx.dtype, torch.float32), copy=True)
+    total[: dx.shape[0] - rows] += dx[rows:]
+    return total
 
 
 _op.register_autograd(_differentiate, setup_context=_setup_context)
@@ -243,7 +255,8 @@ def ada_group_norm(
     """y = resample(silu((GroupNorm([x, x2] + x_bias) * weight + bias) * (1 + scale[b, c]) + shift[b, c]))
 
     silu=False leaves the SiLU out; without scale and shift it is a plain GroupNorm. The options remove whole passes:
-    x2:        a second tensor behind x's channels; their concatenation is never made.
+    x2:        a second tensor behind x's channels; their concatenation is never made. Of B2 <= B <= 2 B2 rows: row b of
+               x goes with row b of x2, or b - B2 from row B2 on; scale then has B rows.
     scale, shift of up to 2B rows: row b of y comes from row b of x, or b - B from row B on.
     x_bias:    the bias of the convolution that made x, added before the norm.
     resample:  "down", the mean of 2 x 2 pixels, or "up", each pixel 2 x 2 times, on the way out.
@@ -251,13 +264,14 @@ def ada_group_norm(
                those of the tensors, and gradients are as if they had been computed here. Not read where one launch
                computes its own.
 
-    Layout:    x (B, C1, H, W), x2 (B, C2, H, W); weight, bias, x_bias (C1 + C2,); scale, shift (ROWS, C1 + C2),
-               both or neither, ROWS in [B, 2B]; stats (2, B, CHUNKS, C1) and stats2 (2, B, CHUNKS2, C2), see
-               reference.chunk_statistics; any strides. y (ROWS, C1 + C2, H', W') in
-               the layout of x, any layout being right and channels_last fast.
-    Program:   up to 256 pixels, where a slab of whole groups fits on chip, (b, slab), one launch; else chunks of pixels
-               and blocks of channels: statistics (left out where given), fold, apply. The choice and the order of sums
-               depend on the shape of one image only: deterministic, and the same for every batch size.
+    Layout:    x (B, C1, H, W), x2 (B2, C2, H, W); weight, bias, x_bias (C1 + C2,); scale, shift (ROWS, C1 + C2),
+               both or neither, ROWS in [B, 2B]; stats (2, B, CHUNKS, C1) and stats2 (2, B2, CHUNKS2, C2),
+               see reference.chunk_statistics; any strides. y (ROWS, C1 + C2, H', W') in the layout of x, any layout
+               being right and channels_last fast.
+    Program:   up to 256 pixels, where a slab of whole groups fits on chip, (b, slab), one launch; else parts of the
+               pixels and blocks of channels: statistics (left out where given), then apply, which merges them. The
+               choice and the order of sums depend on the shape of one image only: deterministic, and the same for
+               every batch size.
     Precision: x float16, bfloat16, float32 or float64; the others x.dtype or float32. Statistics by two passes and
                affine in fp32 (fp64 for fp64 x), one rounding at the end.
     Traffic:   1 read and 1 write in one launch or where statistics are given, else 2 reads and 1 write. No activation
@@ -273,11 +287,13 @@ def ada_group_norm(
     check_dtype("x", x, FLOATS)
     check_pixels("x", x)
     b, c1, height, width = x.shape
-    c2 = 0
+    b2, c2 = b, 0
     if x2 is not None:
-        check_shape("x2", x2, (b, "C2", height, width), "it must be x's but for the channels")
+        check_shape("x2", x2, ("B2", "C2", height, width), "it must be x's but for the channels and rows")
         check_dtype("x2", x2, (x.dtype,), "it must have x's dtype")
-        c2 = x2.shape[1]
+        b2, c2 = x2.shape[:2]
+        if not b2 <= b <= 2 * b2:
+            raise ValueError(f"x2 must have B / 2 to B rows, B = {b} of x, got {b2}")
     c = c1 + c2
     for name, channels in (("x", c1), ("x2", c2)):
         if channels == 0 and (name == "x" or x2 is not None):
@@ -300,6 +316,8 @@ def ada_group_norm(
         rows = scale.shape[0]
         if not b <= rows <= 2 * b:
             raise ValueError(f"scale must have B to 2B rows, B = {b} of x, got {rows}")
+        if b2 != b and rows != b:
+            raise ValueError(f"scale must have the {b} rows of x where x2 has fewer, got {rows}")
     vectors: list[tuple[str, Any, tuple[int, ...]]] = [
         ("weight", weight, (c,)),
         ("bias", bias, (c,)),
@@ -314,18 +332,19 @@ def ada_group_norm(
             check_device(name, value, x.device)
     if x2 is not None:
         check_device("x2", x2, x.device)
-    for name, part, of, channels in (("stats", stats, x, c1), ("stats2", stats2, x2, c2)):
+    for name, part, of, of_rows, channels in (("stats", stats, x, b, c1), ("stats2", stats2, x2, b2, c2)):
         if part is None:
             continue
         if of is None:
             raise ValueError("stats2 must be None without x2, got a tensor")
-        check_shape(name, part, (2, b, "CHUNKS", channels), "see reference.chunk_statistics")
+        check_shape(name, part, (2, of_rows, "CHUNKS", channels), "see reference.chunk_statistics")
         if part.shape[2] < 1:
             raise ValueError(f"{name} must have at least one chunk, got {tuple(part.shape)}")
         check_dtype(name, part, (torch.float32, torch.promote_types(x.dtype, torch.float32)))
         check_device(name, part, x.device)
 
     check_impl(impl, x)
-    run = _forward if plain(x, x2, x_bias, weight, bias, scale, shift, stats, stats2) else _op
-    operands = (x, x2, x_bias, weight, bias, scale, shift, stats, stats2)
-    return run(*operands, groups, eps, silu, resample, impl)[0]
+    differentiable = (x, x2, x_bias, weight, bias, scale, shift)
+    need_moments = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    run = _forward if plain(*differentiable, stats, stats2) else _op
+    return run(*differentiable, stats, stats2, groups, eps, silu, resample, need_moments, impl)[0]

@@ -17,10 +17,13 @@ def group_moments(
 ) -> Tensor:
     """(2, B, groups): mean and 1 / sqrt(var + eps) of [x, x2] + x_bias from the chunk_statistics of x and x2
 
+    Rows of x2 as in ada_group_norm.
+
     Reference: Chan, Golub & LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979
     """
-    per_channel = [_merge_chunks(part, pixels) for part in (stats, stats2) if part is not None]
-    mean, m2 = torch.cat(per_channel, 2)
+    mean, m2 = _merge_chunks(stats, pixels)
+    if stats2 is not None:
+        mean, m2 = (joined(*parts) for parts in zip((mean, m2), _merge_chunks(stats2, pixels), strict=True))
     if x_bias is not None:
         mean = mean + x_bias.to(mean.dtype)
     mean, m2 = (value.unflatten(1, (groups, -1)) for value in (mean, m2))
@@ -79,6 +82,11 @@ def repeat_rows(x: Tensor, rows: int) -> Tensor:
     return x if rows == len(x) else torch.cat((x, x[: rows - len(x)]))
 
 
+def joined(x: Tensor, x2: Tensor | None) -> Tensor:
+    """[x, x2] along channels; row b of x goes with row b of x2, or b - B2 from row B2 on"""
+    return x if x2 is None else torch.cat((x, repeat_rows(x2, len(x))), 1)
+
+
 def resampled(x: Tensor, resample: str | None) -> Tensor:
     """x, its 2 x 2 averages ("down"), or each pixel four times ("up")"""
     if resample == "down":
@@ -102,13 +110,14 @@ def ada_group_norm(
 ) -> Tensor:
     """y = resample(silu((GroupNorm([x, x2] + x_bias) * weight + bias) * (1 + scale[b, c]) + shift[b, c]))
 
-    Layout:    x, x2 (B, C1, H, W), (B, C2, H, W); weight, bias, x_bias (C,); scale, shift (ROWS, C), both or neither,
-               ROWS in [B, 2B]: row b of y comes from row b of x, or b - B from row B on. y in the layout of x.
+    Layout:    x, x2 (B, C1, H, W), (B2, C2, H, W), B in [B2, 2 B2]: row b of x goes with row b of x2, or b - B2 from
+               row B2 on; weight, bias, x_bias (C,); scale, shift (ROWS, C), both or neither, ROWS in [B, 2B]: row b of
+               y comes from row b of x, or b - B from row B on. y in the layout of x.
     Precision: any float in; statistics by two passes and affine in fp32 (fp64 for fp64 x); one rounding at the end.
     Reference: Wu & He, 1803.08494, section 3; Dhariwal & Nichol, 2105.05233, section 3.1 (AdaGN)
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    whole = (x if x2 is None else torch.cat((x, x2), 1)).to(dtype)
+    whole = joined(x, x2).to(dtype)
     if x_bias is not None:
         whole = whole + x_bias.to(dtype)[:, None, None]
     centred, (_, rstd) = centre(whole, groups, eps)
@@ -286,21 +295,52 @@ def sum_2x2(x: Tensor) -> Tensor:
 
 
 def residual(
-    h: Tensor, bias: Tensor | None, skip: Tensor, *, resample: str | None = None, stats: bool = True
+    h: Tensor,
+    bias: Tensor | None,
+    skip: Tensor,
+    skip2: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    resample: str | None = None,
+    stats: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, chunk_statistics of y or None), y = h + bias[c] + resample(skip)
+    """(y, chunk_statistics of y or None), y = h + bias[c] + resample(skip), or h + bias[c] + weight @ [skip, skip2]
 
-    Layout:    h, y (B, C, H, W); bias (C,); skip (B, C, H, W), (B, C, 2H, 2W) averaged 2 x 2 for resample="down", or
-               (B, C, H / 2, W / 2) repeated 2 x 2 for resample="up".
+    Layout:    h, y (B, C, H, W); bias (C,); skip (ROWS, C, H, W), (ROWS, C, 2H, 2W) averaged 2 x 2 for
+               resample="down", or (ROWS, C, H / 2, W / 2) repeated 2 x 2 for resample="up"; with weight (C, C1 + C2)
+               skip (ROWS, C1, H, W) and skip2 (ROWS2, C2, H, W). B in [ROWS, 2 ROWS]: row b of y takes row b of skip,
+               or b - ROWS from row ROWS on, and so of skip2.
     Precision: any float in; fp32 (fp64 for fp64 h), one rounding at the end; statistics of the rounded y.
     Reference: Dhariwal & Nichol, 2105.05233, section 3 (residual blocks that resample)
     """
     dtype = torch.promote_types(h.dtype, torch.float32)
-    y = h.to(dtype)
-    if bias is not None:
-        y = y + bias.to(dtype)[:, None, None]
-    y = (y + resampled(skip.to(dtype), resample)).to(h.dtype)
+    if weight is None:
+        added = [resampled(skip.to(dtype), resample)]
+    else:
+        added = [project(x.to(dtype), columns.to(dtype)) for x, columns in split_columns(weight, skip, skip2)]
+    y = residual_sum(h.to(dtype), bias, added).to(h.dtype)
     return y, chunk_statistics(y, num_chunks(h.shape[2] * h.shape[3])) if stats else None
+
+
+def residual_sum(h: Tensor, bias: Tensor | None, added: Sequence[Tensor]) -> Tensor:
+    """h + bias[c] + what is added, rows as in residual, in the dtype of h; h comes last, its digits may be few"""
+    total, *more = (repeat_rows(x, h.shape[0]).to(h.dtype) for x in added)
+    for x in more:
+        total = total + x
+    if bias is not None:
+        total = total + bias.to(h.dtype)[:, None, None]
+    return h + total
+
+
+def split_columns(weight: Tensor, x: Tensor, x2: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """x and x2 where it is given, each with its columns of weight (C, C1 + C2)"""
+    c1 = x.shape[1]
+    return [(x, weight[:, :c1])] + ([] if x2 is None else [(x2, weight[:, c1:])])
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, C, H, W) of (B, K, H, W) and (C, K): weight applied at every pixel, channels_last"""
+    return F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
 
 
 def q_sample(

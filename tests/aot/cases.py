@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.sites import NETWORKS, Site, norm_sites
+from benchmarks.sites import TIMED, Site, norm_sites
 from fastdiff_kernels._plan import ALIGNMENT, Plan
 
 from .covering import covering, product
@@ -256,7 +256,11 @@ def guided_step(
     resample=(None, "down", "up"),
     bias=("none", "fp32", "same"),
     stats=(False, True),
+    # what a weight takes channels from; without it skip is added as it is
+    parts=("none", "192", "96+192", "60+43"),
+    shared=(False, True),
     place=PLACES,
+    allowed=lambda resample, parts, **_: resample is None or parts == "none",
     strength=3,
 )
 def residual(
@@ -268,25 +272,44 @@ def residual(
     resample: str | None,
     bias: str,
     stats: bool,
+    parts: str,
+    shared: bool,
     place: str,
 ) -> Iterator[Build]:
     from fastdiff_kernels._tuning import num_chunks
+    from fastdiff_kernels.jit.projection import plan_projection
     from fastdiff_kernels.jit.residual import plan_residual
 
     height, width = sizes(image)
     of_skip = {None: (height, width), "down": (2 * height, 2 * width), "up": (height // 2, width // 2)}[resample]
     b = batch(place, channels, height, width)
     h, y = (images(new, place, b, channels, (height, width), dtype, layout) for _ in "hy")
-    skip = images(new, place, b, channels, of_skip, dtype, layout)
-    plan = plan_residual(
+    rows = -(-b // 2) if shared else b
+    bias_like = None if bias == "none" else new(channels, dtype=dtype if bias == "same" else bias)
+    written = new(2, b, num_chunks(height * width), channels) if stats else None
+    if parts == "none":
+        skip = images(new, place, rows, channels, of_skip, dtype, layout)
+        yield wide(plan_residual(h, bias_like, skip, y, written, resample), "h", "skip", "y")
+        return
+    c1, *more = (int(part) for part in parts.split("+"))
+    # of two, the second has fewer rows
+    plan = plan_projection(
         h,
-        None if bias == "none" else new(channels, dtype=dtype if bias == "same" else bias),
-        skip,
+        bias_like,
+        images(new, place, b if more else rows, c1, (height, width), dtype, layout),
+        images(new, place, rows, more[0], (height, width), dtype, layout) if more else None,
+        new(channels, c1 + sum(more), dtype=dtype),
         y,
-        new(2, b, num_chunks(height * width), channels) if stats else None,
-        resample,
+        written,
     )
-    yield wide(plan, "h", "skip", "y")
+    of = plan.constexprs
+    tile = dict.fromkeys(("skip_ptr", "skip2_ptr"), of["BLOCK_P"] * of["BLOCK_K"])
+    made = wide(
+        plan, "h", "skip", "skip2", "y", tile=tile | dict.fromkeys(("h_ptr", "y_ptr"), of["BLOCK_P"] * of["BLOCK_C"])
+    )
+    # where nothing else wants y, Triton's AMD backend stores it as its matrix cores hold it, 4 elements together
+    bits = made.bits if stats or not made.bits else {**made.bits, "y_ptr": 4 * y.element_size() * 8}
+    yield dataclasses.replace(made, bits=bits)
 
 
 @op(
@@ -363,23 +386,26 @@ NORM: dict[str, Any] = {
 
 def norm(
     new: New, dtype: str, channels: str, image: str, layout: str, two: bool, modulation: str, x_bias: bool, silu: bool,
-    resample: str | None, place: str,
+    resample: str | None, place: str, shared: bool = False,
 ) -> tuple[Norm, Tensor, Tensor]:  # fmt: skip
-    """The inputs of a launch, y and the moments; modulation "rows" is that of twice as many rows as x has"""
+    """The inputs of a launch, y and the moments; modulation "rows" is that of twice as many rows as x has
+
+    shared: x2 has half the rows of x.
+    """
     from fastdiff_kernels.jit.norm import Norm
 
     c, groups = (int(part) for part in channels.split("/"))
     c1 = WIDTHS[channels] if two else c
     height, width = sizes(image)
     out = {None: (height, width), "down": (height // 2, width // 2), "up": (2 * height, 2 * width)}[resample]
-    b = batch(place, c, height, width)
+    b = (1 + shared) * batch(place, c, height, width)
     rows = 2 * b if modulation == "rows" else b
     parameters = "fp32" if modulation == "fp32" else dtype
     # scale and shift are halves of a wider matrix
     mod = None if modulation == "none" else new(rows, 4 * c, dtype=parameters)
     inputs = Norm(
         x=images(new, place, b, c1, (height, width), dtype, layout),
-        x2=images(new, place, b, c - c1, (height, width), dtype, layout) if two else None,
+        x2=images(new, place, b // (1 + shared), c - c1, (height, width), dtype, layout) if two else None,
         x_bias=new(c, dtype=parameters) if x_bias else None,
         weight=new(c, dtype=parameters),
         bias=new(c, dtype=parameters),
@@ -401,13 +427,22 @@ def tiles(plan: Plan, resample: str | None) -> dict[str, int]:
     )
 
 
-@op(strength=3, stats=(False, True), **NORM)
-def ada_group_norm(new: New, resample: str | None, stats: bool, **factors: Any) -> Iterator[Build]:
+@op(
+    strength=3,
+    stats=(False, True),
+    moments=(False, True),
+    shared=(False, True),
+    allowed=lambda two, modulation, shared, **_: not shared or (two and modulation != "rows"),
+    **NORM,
+)
+def ada_group_norm(
+    new: New, resample: str | None, stats: bool, moments: bool, shared: bool, **factors: Any
+) -> Iterator[Build]:
     from fastdiff_kernels.jit.ada_group_norm import new_statistics, plan_ada_group_norm
 
-    inputs, y, moments = norm(new, resample=resample, **factors)
+    inputs, y, written = norm(new, resample=resample, shared=shared, **factors)
     made = [new_statistics(x) if stats and x is not None else None for x in (inputs.x, inputs.x2)]
-    for plan in plan_ada_group_norm(inputs, y, moments, 1e-5, *made):
+    for plan in plan_ada_group_norm(inputs, y, written if moments else None, written.shape[2], 1e-5, *made):
         yield wide(plan, "x", "x2", "y", tile=tiles(plan, resample))
 
 
@@ -434,7 +469,7 @@ def ada_group_norm_backward(new: New, resample: str | None, dx: bool, **factors:
 def sites() -> dict[str, Site]:
     """The norms of ADM-64 and ADM-256 up to 16 x 16 pixels, alone and with all that can be fused, by what they read"""
     found = {}
-    for name in NETWORKS:
+    for name in TIMED:
         for site in (each for one in norm_sites(name) for each in (one.plain, one.fused) if each.side <= 16):
             parts = "+".join(map(str, site.split or (site.channels,)))
             options = [word for word in ("modulated", "silu", "folded") if getattr(site, word)]
@@ -467,7 +502,7 @@ def launches_of_site(new: New, site: str, dtype: str) -> Iterator[Build]:
     dx, dx2 = torch.empty_like(inputs.x), None if inputs.x2 is None else torch.empty_like(inputs.x2)
     dx_sums = new(b, dx_blocks(inputs, s.groups), c) if s.folded else None
     for plan in (
-        *plan_ada_group_norm(inputs, y, moments, 1e-5),
+        *plan_ada_group_norm(inputs, y, moments, s.groups, 1e-5),
         *plan_ada_group_norm_backward(inputs, y, moments, new(2, b, c), dx, dx2, dx_sums),
     ):
         if plan.name.startswith("slab"):

@@ -248,8 +248,31 @@ ERRORS = {
     ),
     "x_no_channels": ({"x": torch.zeros(2, 0, 3, 3)}, ValueError, "x must have at least one channel, got none"),
     "x2_no_channels": ({"x2": torch.zeros(2, 0, 3, 3)}, ValueError, "x2 must have at least one channel, got none"),
-    "x2_size": ({"x2": torch.zeros(2, 6, 3, 4)}, ValueError, r"x2 must have shape \(2, C2, 3, 3\), got \(2, 6, 3, 4\)"),
+    "x2_size": (
+        {"x2": torch.zeros(2, 6, 3, 4)},
+        ValueError,
+        r"x2 must have shape \(B2, C2, 3, 3\), got \(2, 6, 3, 4\)",
+    ),
     "x2_dtype": ({"x2": torch.zeros(2, 6, 3, 3).half()}, TypeError, "x2 must be torch.float32, got torch.float16"),
+    "x2_more_rows": ({"x2": torch.zeros(3, 6, 3, 3)}, ValueError, "x2 must have B / 2 to B rows, B = 2 of x, got 3"),
+    "x2_too_few_rows": (
+        {"x2": torch.zeros(1, 6, 3, 3), "x": torch.zeros(3, 6, 3, 3), "scale": None, "shift": None},
+        ValueError,
+        "x2 must have B / 2 to B rows, B = 3 of x, got 1",
+    ),
+    "x2_and_scale_of_other_rows": (
+        {"x2": torch.zeros(1, 6, 3, 3), "scale": torch.ones(3, 12), "shift": torch.ones(3, 12)},
+        ValueError,
+        "scale must have the 2 rows of x where x2 has fewer, got 3",
+    ),
+    "stats2_rows": (
+        {
+            **{"x2": torch.zeros(1, 6, 3, 3), "stats2": torch.zeros(2, 2, 4, 6), "scale": None, "shift": None},
+            **{"weight": torch.ones(12), "bias": torch.ones(12)},
+        },
+        ValueError,
+        r"stats2 must have shape \(2, 1, CHUNKS2?, 6\)",
+    ),
     "x_bias_shape": ({"x_bias": torch.zeros(5)}, ValueError, r"x_bias must have shape \(6,\), got \(5,\)"),
     "resample": ({"resample": "nearest"}, ValueError, "resample must be one of None, 'down', 'up', got 'nearest'"),
     "resample_odd": ({"resample": "down"}, ValueError, "resample='down' needs an even height and width, got 3 x 3"),

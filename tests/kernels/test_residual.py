@@ -5,43 +5,27 @@ import pytest
 import torch
 from counting import counting
 from places import GPU, INTERPRETER, NO_INTERPRETER
-from residual_cases import FACTOR, LAYOUTS, RESAMPLE, draw, formula, upstream_of
+from residual_cases import (
+    DTYPES,
+    FACTOR,
+    LAYOUTS,
+    RESAMPLE,
+    by_chunk,
+    check_rounded,
+    check_statistics,
+    draw,
+    formula,
+    upstream_of,
+)
 from torch import Tensor
 
 from fastdiff_kernels import reference, residual
 from fastdiff_kernels._tuning import num_chunks
 
 KERNEL = pytest.mark.parametrize("place", [INTERPRETER, GPU])  # the reference has no plan
-DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "float16", "bfloat16")]
-MANTISSA = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 SHAPES = [(2, 3, 4, 6), (1, 1, 8, 8), (2, 5, 2, 2), (2, 24, 8, 8), (1, 42, 16, 16)]
 ODD_SHAPES = [(2, 1, 3, 5), (2, 5, 7, 3), (3, 24, 3, 5), (1, 42, 1, 1), (1, 3, 65, 2)]
 NAN = float("nan")
-
-
-def by_chunk(y: Tensor, chunks: int) -> np.ndarray:
-    """(2, B, chunks, C) in NumPy, pixel lists cut by hand"""
-    pixels = y.detach().double().cpu().numpy().reshape(y.shape[0], y.shape[1], -1)
-    size = -(-pixels.shape[2] // chunks)
-    out = np.zeros((2, y.shape[0], chunks, y.shape[1]))
-    for k in range(chunks):
-        part = pixels[:, :, k * size : (k + 1) * size]
-        if part.shape[2]:
-            out[0, :, k], out[1, :, k] = part.mean(2), part.var(2) * part.shape[2]
-    return out
-
-
-def check_rounded(got: Tensor, want: Tensor, scale: float = 4.0) -> None:
-    """One rounding to got's dtype of an fp32 sum of terms as large as scale"""
-    room = 2.0 ** -MANTISSA[got.dtype] * want.abs() * 1.001 + 2.0**-24 + 4 * scale * 2.0**-24
-    assert got.shape == want.shape and ((got.double() - want).abs() <= room).all()
-
-
-def check_statistics(stats: Tensor, y: Tensor, rtol: float = 2e-6, scale: float = 4.0) -> None:
-    want = by_chunk(y, stats.shape[2])
-    got = stats.double().cpu().numpy()
-    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=rtol * scale)
-    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=64 * (rtol * scale) ** 2 + 1e-6)
 
 
 @pytest.fixture
@@ -73,6 +57,19 @@ def test_odd_sizes(place, shape, dtype, resample):
     y, stats = residual(**op, resample=resample, impl=place.impl)
     check_rounded(y, formula(**op, resample=resample))
     check_statistics(stats, y)
+
+
+@pytest.mark.parametrize("b,rows", [(3, 2), (2, 1), (4, 2), (5, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@RESAMPLE
+def test_rows_past_those_of_skip_take_its_first(place, resample, dtype, b, rows):
+    op = draw((b, 5, 4, 6), resample, dtype, rows=rows, device=place.device)
+    y, stats = residual(**op, resample=resample, impl=place.impl)
+    check_rounded(y, formula(**op, resample=resample))
+    check_statistics(stats, y)
+    op["skip"] = torch.cat((op["skip"], op["skip"][: b - rows]))
+    alike = residual(**op, resample=resample, impl=place.impl)
+    assert torch.equal(y, alike[0]) and torch.equal(stats, alike[1])
 
 
 @RESAMPLE
@@ -345,6 +342,18 @@ def test_gradients(place, resample, bias_dtype, dtype):
             check_rounded(given[name].grad, wanted[name].grad, scale=8.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@RESAMPLE
+def test_a_shared_row_gets_the_sum_of_its_gradients(place, resample, dtype):
+    op = draw((5, 3, 4, 6), resample, dtype, rows=3, device=place.device)
+    given, wanted = op["skip"].clone().requires_grad_(), op["skip"].double().requires_grad_()
+    upstream = upstream_of(op["h"])
+    residual(op["h"], None, given, resample=resample, impl=place.impl)[0].backward(upstream)
+    formula(op["h"], None, wanted, resample).backward(upstream.double())
+    assert given.grad.dtype == dtype
+    check_rounded(given.grad, wanted.grad, scale=16.0)
+
+
 @pytest.mark.parametrize("wanted", ["h", "bias", "skip"])
 @RESAMPLE
 def test_a_single_gradient_can_be_asked_for(resample, wanted):
@@ -357,9 +366,10 @@ def test_a_single_gradient_can_be_asked_for(resample, wanted):
 
 
 @pytest.mark.parametrize("function", [residual, reference.residual], ids=["public", "reference"])
+@pytest.mark.parametrize("rows", [2, 3])
 @RESAMPLE
-def test_gradcheck(function, resample):
-    op = draw((2, 3, 2, 4), resample, torch.float64)
+def test_gradcheck(function, resample, rows):
+    op = draw((3, 2, 2, 4), resample, torch.float64, rows=rows)
     leaves = tuple(value.double().requires_grad_() for value in op.values())
 
     def y(*args: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from places import NO_TRITON
-from residual_cases import RESAMPLE, draw, upstream_of
+from residual_cases import RESAMPLE, draw, draw_wide, upstream_of
 from torch import Tensor
 
 from fastdiff_kernels import residual
@@ -20,13 +20,31 @@ def test_opcheck(resample, layout, dtype):
     op = draw((2, 3, 8, 10), resample, dtype, layout=layout)
     for needs_grad, stats in ((True, True), (False, False)):
         operands = [value.clone().requires_grad_(needs_grad) for value in op.values()]
-        torch.library.opcheck(OP, (*operands, resample, stats, "auto"))
+        torch.library.opcheck(OP, (*operands, None, None, resample, stats, "auto"))
 
 
 def test_opcheck_without_bias_on_views():
     base = torch.randn(3, 8, 9, 10)
-    torch.library.opcheck(OP, (base[1:, 1:4, 1:5, ::2], None, base[1:, 4:7, 1:5, 1::2], None, True, "auto"))
-    torch.library.opcheck(OP, (base[:1].expand(4, 8, 9, 10), None, base[:1].expand(4, 8, 9, 10), None, True, "auto"))
+    torch.library.opcheck(OP, (base[1:, 1:4, 1:5, ::2], None, base[1:, 4:7, 1:5, 1::2], None, None, None, True, "auto"))
+    expanded = base[:1].expand(4, 8, 9, 10)
+    torch.library.opcheck(OP, (expanded, None, expanded[:3], None, None, None, True, "auto"))
+
+
+@pytest.mark.parametrize(
+    "parts,rows,layout,dtype",
+    [
+        ((4,), (2,), "channels_last", torch.float32),
+        ((4, 3), (3, 2), "contiguous", torch.float64),
+        ((4, 3), (2, 3), "channels_last", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_opcheck_of_a_product(parts, rows, layout, dtype):
+    op = draw_wide((3, 5, 8, 10), parts, dtype, rows=rows, layout=layout)
+    for needs_grad, stats in ((True, True), (False, False)):
+        given = [op.get(name) for name in ("h", "bias", "skip", "skip2", "weight")]
+        operands = [None if value is None else value.clone().requires_grad_(needs_grad) for value in given]
+        torch.library.opcheck(OP, (*operands, None, stats, "auto"))
 
 
 @RESAMPLE
@@ -37,6 +55,25 @@ def test_torch_compile_traces_it_whole(place, resample):
     def function(*operands: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(names, operands, strict=True))
         y, stats = residual(**given, resample=resample, impl=place.impl)
+        return y * 2, stats + 1
+
+    leaves = [value.requires_grad_() for value in op.values()]
+    upstream = upstream_of(op["h"])
+    results = []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        y, stats = call(*leaves)
+        results.append((y, stats, *torch.autograd.grad(y, leaves, upstream)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [(3, 3), (3, 2)], ids=str)
+def test_torch_compile_traces_a_product_whole(place, rows):
+    op = draw_wide((3, 6, 4, 5), (4, 7), rows=rows, device=place.device)
+    names = tuple(op)
+
+    def function(*operands: Tensor) -> tuple[Tensor, Tensor]:
+        y, stats = residual(**dict(zip(names, operands, strict=True)), impl=place.impl)
         return y * 2, stats + 1
 
     leaves = [value.requires_grad_() for value in op.values()]
@@ -81,17 +118,17 @@ ERRORS = {
     "skip_shape": (
         {"skip": torch.zeros(2, 6, 4, 5)},
         ValueError,
-        r"skip must have shape \(2, 6, 4, 4\), got \(2, 6, 4",
+        r"skip must have shape \(ROWS, 6, 4, 4\), got \(2, 6, 4",
     ),
     "skip_down": (
         {"resample": "down"},
         ValueError,
-        r"skip must have shape \(2, 6, 8, 8\), got \(2, 6, 4, 4\); resample='down' halves it",
+        r"skip must have shape \(ROWS, 6, 8, 8\), got \(2, 6, 4, 4\); resample='down' halves it",
     ),
     "skip_up": (
         {"resample": "up"},
         ValueError,
-        r"skip must have shape \(2, 6, 2, 2\), got \(2, 6, 4, 4\); resample='up' doubles it",
+        r"skip must have shape \(ROWS, 6, 2, 2\), got \(2, 6, 4, 4\); resample='up' doubles it",
     ),
     "h_odd_up": (
         {"h": torch.zeros(2, 6, 4, 3), "resample": "up"},
@@ -100,6 +137,13 @@ ERRORS = {
     ),
     "resample": ({"resample": "left"}, ValueError, "resample must be one of None, 'down', 'up', got 'left'"),
     "stats_int": ({"stats": 1}, TypeError, "stats must be a bool, got int"),
+    "skip_more_rows": (
+        {"skip": torch.zeros(3, 6, 4, 4)},
+        ValueError,
+        "skip must have B / 2 to B rows, B = 2 of h, got 3",
+    ),
+    "skip_too_few_rows": ({"skip": torch.zeros(0, 6, 4, 4)}, ValueError, "skip must have .* B = 2 of h, got 0"),
+    "skip2_alone": ({"skip2": torch.zeros(2, 6, 4, 4)}, ValueError, "skip2 must be None without weight"),
     "skip_dtype": (
         {"skip": torch.zeros(2, 6, 4, 4).half()},
         TypeError,
@@ -134,6 +178,71 @@ ERRORS = {
 def test_errors_name_the_argument(case):
     change, kind, message = ERRORS[case]
     valid = draw((2, 6, 4, 4))
+    with pytest.raises(kind, match=message):
+        residual(**{**valid, **change})
+    residual(**valid)
+
+
+WIDE_ERRORS = {
+    "resample": ({"resample": "up"}, ValueError, "resample must be None with weight, got 'up'"),
+    "skip_channels": (
+        {"skip": torch.zeros(2, 5, 4, 4)},
+        ValueError,
+        r"weight must have shape \(6, 8\), got \(6, 7\); C, and C1 \+ C2 of skips",
+    ),
+    "skip_size": (
+        {"skip": torch.zeros(2, 4, 4, 5)},
+        ValueError,
+        r"skip must have shape \(ROWS, C1, 4, 4\), got \(2, 4, 4, 5\)",
+    ),
+    "skip2_size": (
+        {"skip2": torch.zeros(2, 3, 5, 4)},
+        ValueError,
+        r"skip2 must have shape \(ROWS, C2, 4, 4\), got \(2, 3, 5, 4\)",
+    ),
+    "skip2_left_out": ({"skip2": None}, ValueError, r"weight must have shape \(6, 4\), got \(6, 7\)"),
+    "skip2_rows": (
+        {"skip2": torch.zeros(3, 3, 4, 4)},
+        ValueError,
+        "skip2 must have B / 2 to B rows, B = 2 of h, got 3",
+    ),
+    "skip2_list": ({"skip2": [1.0]}, TypeError, "skip2 must be a torch.Tensor, got list"),
+    "skip2_dtype": (
+        {"skip2": torch.zeros(2, 3, 4, 4).half()},
+        TypeError,
+        "skip2 must be torch.float32, got torch.float16",
+    ),
+    "skip2_device": (
+        {"skip2": torch.zeros(2, 3, 4, 4, device="meta")},
+        ValueError,
+        "skip2 must be on the device of h, cpu, got meta",
+    ),
+    "weight_list": ({"weight": [[1.0]]}, TypeError, "weight must be a torch.Tensor, got list"),
+    "weight_1d": ({"weight": torch.zeros(42)}, ValueError, r"weight must have shape \(6, 7\), got \(42,\)"),
+    "weight_transposed": ({"weight": torch.zeros(7, 6)}, ValueError, r"weight must have shape \(6, 7\), got \(7, 6\)"),
+    "weight_3x3": (
+        {"weight": torch.zeros(6, 7, 3, 3)},
+        ValueError,
+        r"weight must have shape \(6, 7, 1, 1\), got \(6, 7, 3, 3\)",
+    ),
+    "weight_5d": ({"weight": torch.zeros(6, 7, 1, 1, 1)}, ValueError, r"weight must have shape \(6, 7, 1, 1\), got"),
+    "weight_dtype": (
+        {"weight": torch.zeros(6, 7).half()},
+        TypeError,
+        "weight must be torch.float32, got torch.float16",
+    ),
+    "weight_device": (
+        {"weight": torch.zeros(6, 7, device="meta")},
+        ValueError,
+        "weight must be on the device of h, cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WIDE_ERRORS)
+def test_errors_of_a_product_name_the_argument(case):
+    change, kind, message = WIDE_ERRORS[case]
+    valid = draw_wide((2, 6, 4, 4), (4, 3))
     with pytest.raises(kind, match=message):
         residual(**{**valid, **change})
     residual(**valid)

@@ -269,7 +269,7 @@ def _slab_backward_kernel(
     x = load_slab(
         x_ptr, x_stride_b, x_stride_h, x_stride_w, x_stride_c,
         x2_ptr, x2_stride_b, x2_stride_h, x2_stride_w, x2_stride_c,
-        None, n, h, w, c, mask_p, mask_c, C1, C2, VEC,
+        None, n, n, h, w, c, mask_p, mask_c, C1, C2, VEC,
     )  # fmt: skip
     mean, rstd = moments_at(moments_ptr, x_bias_ptr, n, B, c, mask_c, C // CPG, CPG)
     xhat = (x - mean[None, :]) * rstd[None, :]

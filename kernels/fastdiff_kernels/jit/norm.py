@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -54,6 +55,15 @@ def over_groups(v, lane, SLAB: tl.constexpr, CPG: tl.constexpr):
 
 
 @triton.jit
+def row_of_second(n, B2, C2: tl.constexpr):
+    """The row of x2 that goes with row n of x: b, or b - B2 from B2 on"""
+    row = n
+    if C2 > 0:
+        row = tl.where(n >= B2, n - B2, n)
+    return row
+
+
+@triton.jit
 def channels_of(block, C1: tl.constexpr, C2: tl.constexpr, BLOCK_C: tl.constexpr):
     """Whether a block of channels lies in the second tensor, its channels there and of both, and which exist
 
@@ -66,19 +76,28 @@ def channels_of(block, C1: tl.constexpr, C2: tl.constexpr, BLOCK_C: tl.constexpr
 
 
 @triton.jit
+def channels_within(block, C1: tl.constexpr, C2: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The first channel of both of a block of channels, and the one after its last"""
+    BLOCKS_1: tl.constexpr = tl.cdiv(C1, BLOCK_C)
+    second = block >= BLOCKS_1
+    start = tl.where(second, C1 + (block - BLOCKS_1) * BLOCK_C, block * BLOCK_C)
+    return start, tl.minimum(start + BLOCK_C, tl.where(second, C1 + C2, C1))
+
+
+@triton.jit
 def load_slab(
     x_ptr, x_stride_b, x_stride_h, x_stride_w, x_stride_c,
     x2_ptr, x2_stride_b, x2_stride_h, x2_stride_w, x2_stride_c,
-    x_bias_ptr, n, h, w, c, mask_p, mask_c,
+    x_bias_ptr, n, n2, h, w, c, mask_p, mask_c,
     C1: tl.constexpr, C2: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """x + x_bias in fp32 at pixels (P,) and channels (S,) of [x, x2]; x counts as zero outside the masks"""
+    """x + x_bias in fp32 at pixels (P,) and channels (S,) of row n of x and n2 of x2; x is zero outside the masks"""
     mask = mask_p[:, None] & (mask_c & (c < C1))[None, :]
     at = grid_offset(h, w, x_stride_h, x_stride_w, VEC) + n * x_stride_b * VEC
     x = tl.load(addresses(x_ptr, at, c, x_stride_c), mask, 0.0).to(tl.float32)
     if C2 > 0:
         mask_2 = mask_p[:, None] & (mask_c & (c >= C1))[None, :]
-        at = grid_offset(h, w, x2_stride_h, x2_stride_w, VEC) + n * x2_stride_b * VEC
+        at = grid_offset(h, w, x2_stride_h, x2_stride_w, VEC) + n2 * x2_stride_b * VEC
         x_2 = tl.load(addresses(x2_ptr, at, c - C1, x2_stride_c), mask_2, 0.0).to(tl.float32)
         x = tl.where((c < C1)[None, :], x, x_2)
     if x_bias_ptr is not None:
@@ -97,7 +116,7 @@ def slab_elements(channels: int, per_group: int, pixels: int) -> int:
 
 
 def slab_fits(channels: int, per_group: int, pixels: int, elements: int) -> bool:
-    """Whether one launch does what takes three otherwise"""
+    """Whether one launch does what takes several otherwise"""
     # masks of lanes without a channel are held, too
     most = elements // 2 if masked(channels, per_group) else elements
     return pixels <= SLAB_PIXELS and slab_elements(channels, per_group, pixels) <= most
@@ -133,6 +152,10 @@ class Norm:
         return self.x.shape[0]
 
     @property
+    def b2(self) -> int | None:
+        return None if self.x2 is None else self.x2.shape[0]
+
+    @property
     def rows(self) -> int:
         return self.b if self.scale is None else self.scale.shape[0]
 
@@ -158,6 +181,12 @@ class Norm:
 
     def blocks_c(self, block_c: int) -> int:
         return triton.cdiv(self.c1, block_c) + triton.cdiv(self.c2, block_c)
+
+    def channel_blocks(self, block_c: int) -> Iterator[range]:
+        """The channels of each program along them: blocks of the first tensor, then of the second"""
+        for start, end in ((0, self.c1), (self.c1, self.channels)):
+            for first in range(start, end, block_c):
+                yield range(first, min(first + block_c, end))
 
     def arguments(self, vec: int) -> dict[str, Tensor | int | float | None]:
         """Of every kernel over x: addresses, the affine, sizes"""

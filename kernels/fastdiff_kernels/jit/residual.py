@@ -10,19 +10,26 @@ from .tile import address, addresses, flat, grid_offset, merge, pixel_offset, ti
 
 
 @triton.jit
+def fed_by(n, ROWS):
+    """The row, of ROWS, that feeds row n of up to twice as many"""
+    return tl.where(n < ROWS, n, n - ROWS)
+
+
+@triton.jit
 def _residual_kernel(
     h_ptr, h_stride_b, h_stride_h, h_stride_w, h_stride_c,
     skip_ptr, skip_stride_b, skip_stride_h, skip_stride_w, skip_stride_c,
     y_ptr, y_stride_b, y_stride_h, y_stride_w, y_stride_c,
-    bias_ptr, bias_stride, stats_ptr, B, HW, W, P, CHUNKS,
+    bias_ptr, bias_stride, stats_ptr, B, SKIP_ROWS, HW, W, P, CHUNKS,
     C: tl.constexpr, RESAMPLE: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = h + bias[c] + resample(skip); stats[0], stats[1] = mean and M2 of the stored y, per channel and chunk
 
-    Layout:    h, y (B, C, H, W), skip as them, (B, C, 2H, 2W) for "down" or (B, C, H/2, W/2) for "up", strides in
-               vectors; bias (C,); stats (2, B, CHUNKS, C) fp32 contiguous, chunk k the row-major pixels
-               [k P, min((k + 1) P, HW)). bias and stats may be None.
+    Layout:    h, y (B, C, H, W), skip (SKIP_ROWS, C, H, W), (.., 2H, 2W) for "down" or (.., H/2, W/2) for "up",
+               strides in vectors; row b of y takes row b of skip, or b - SKIP_ROWS from there on; bias (C,); stats
+               (2, B, CHUNKS, C) fp32 contiguous, chunk k the row-major pixels [k P, min((k + 1) P, HW)). bias and
+               stats may be None.
     Program:   (b, chunk, channel block), channel blocks fastest; BLOCK_P pixels at a time
     Precision: any float in; fp32, one rounding at the store; statistics in fp32 by two passes over a tile in
                registers, tiles merged by Chan's formula
@@ -36,7 +43,7 @@ def _residual_kernel(
     c = (pid % BLOCKS_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
     h_ptr += n * h_stride_b * VEC
-    skip_ptr += n * skip_stride_b * VEC
+    skip_ptr += fed_by(n, SKIP_ROWS) * skip_stride_b * VEC
     y_ptr += n * y_stride_b * VEC
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c.to(tl.int64) * bias_stride, mask_c, 0.0).to(tl.float32)[None, :]
@@ -89,7 +96,7 @@ def plan_residual(
     tile, held = (256, 2) if resample == "down" else (1024, 4)
     if all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in (h, skip, y)):
         if vec * h.element_size() == ALIGNMENT:
-            tile, held = 4096, 16 if resample == "down" else 4 * vec
+            tile, held = (2048, 16) if resample == "down" else (4096, 4 * vec)
         elif h.stride(3) == 1 and h.stride(1) * h.element_size() % ALIGNMENT == 0 and resample is None:
             tile, held = 2048, 16
     block_p = min(power_of_two(per_chunk), tile // block_c)
@@ -107,7 +114,7 @@ def plan_residual(
             **address("skip", skip, vec),
             **address("y", y, vec),
             **{"bias_ptr": bias, "bias_stride": None if bias is None else bias.stride(0), "stats_ptr": stats},
-            **{"B": b, "HW": pixels, "W": width, "P": per_chunk, "CHUNKS": chunks},
+            **{"B": b, "SKIP_ROWS": len(skip), "HW": pixels, "W": width, "P": per_chunk, "CHUNKS": chunks},
         },
         constexprs={
             **{"C": c, "RESAMPLE": resample, "FLAT": flat(h, y, skip if resample is None else None), "VEC": vec},

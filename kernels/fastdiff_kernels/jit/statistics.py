@@ -1,4 +1,4 @@
-"""Statistics of chunks of pixels, and their fold into the moments of each group"""
+"""Statistics of chunks of pixels, and their merge into the moments of groups"""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._plan import Plan
 from .._tuning import channel_block, num_chunks, power_of_two, settings
-from .tile import address, addresses, flat, merge, pixel_offset, tile_statistics, vector, wide
+from .tile import address, addresses, flat, merge, pixel_offset, tile_statistics, vector
 
 # 16 a thread: with 8 ptxas settles on so few registers that it spills
 FOLD_PER_WARP = 512
@@ -52,69 +52,83 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _partial_sum(
-    stats_ptr, x_bias_ptr, n, B, HW, CHUNKS, group, pivot,
-    C: tl.constexpr, C_START: tl.constexpr, CPG: tl.constexpr, M2: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+def _load_part(
+    stats_ptr, n, B, k, count, CHUNKS, c, mask_c, C: tl.constexpr,
 ):  # fmt: skip
-    """Over one tensor's chunks and its channels in a group: sum of count * (mean - pivot), or of M2 about the pivot"""
-    P = tl.cdiv(HW, CHUNKS)
-    total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    for first in range(0, CPG, BLOCK_C):
-        lane = first + tl.arange(0, BLOCK_C)
-        c = group * CPG + lane
-        mask_c = (lane < CPG) & (c >= C_START) & (c < C_START + C)
-        x_bias = tl.zeros((BLOCK_C,), tl.float32)
-        if x_bias_ptr is not None:
-            x_bias = tl.load(x_bias_ptr + c, mask_c, 0.0).to(tl.float32)
-        for start in range(0, CHUNKS, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            count = tl.maximum(tl.minimum(HW - k * P, P), 0).to(tl.float32)
-            mask = (count > 0)[:, None] & mask_c[None, :]
-            at = ((n * CHUNKS + k) * C)[:, None] + (c - C_START)[None, :]
-            delta = tl.where(mask, tl.load(stats_ptr + at, mask, 0.0) + x_bias[None, :] - pivot, 0.0)
-            if M2:
-                at = (((n + B) * CHUNKS + k) * C)[:, None] + (c - C_START)[None, :]
-                total += tl.load(stats_ptr + at, mask, 0.0) + count[:, None] * delta * delta
-            else:
-                total += count[:, None] * delta
-    return tl.sum(tl.sum(total, 1), 0)
+    """Mean, M2 and number of pixels (K, G, L) of chunks k (K,) of channels c (G, L); zeros where there are none"""
+    mask = (count > 0)[:, None, None] & mask_c[None, :, :]
+    mean = tl.load(stats_ptr + ((n * CHUNKS + k) * C)[:, None, None] + c[None, :, :], mask, 0.0)
+    m2 = tl.load(stats_ptr + (((n + B) * CHUNKS + k) * C)[:, None, None] + c[None, :, :], mask, 0.0)
+    return mean, m2, tl.where(mask, count[:, None, None], 0.0)
 
 
 @triton.jit
-def _fold_kernel(
-    stats_ptr, CHUNKS, stats2_ptr, CHUNKS2, x_bias_ptr, moments_ptr, B, HW, eps,
-    C1: tl.constexpr, C2: tl.constexpr, CPG: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """moments[0], moments[1] = mean and 1 / sqrt(var + eps) of each group of x + x_bias
+def _chunk_sizes(k, HW, CHUNKS):
+    P = tl.cdiv(HW, CHUNKS)
+    return tl.maximum(tl.minimum(HW - k * P, P), 0).to(tl.float32)
 
-    Layout:    stats (2, B, CHUNKS, C1), stats2 (2, B, CHUNKS2, C2) of a second tensor; moments (2, B, GROUPS) fp32.
-    Program:   (b, group)
-    Precision: fp32; Chan's formula for all parts at once, about a pivot so that a large mean loses nothing
-    Traffic:   the statistics, twice, the second time from the cache
+
+@triton.jit
+def _over_group(v):
+    """(G,) of (K, G, L)"""
+    return tl.sum(tl.sum(v, 0), 1)
+
+
+@triton.jit
+def merged_moments(
+    stats_ptr, CHUNKS, stats2_ptr, CHUNKS2, x_bias_ptr, n, B, n2, B2, HW, eps, first, end,
+    C1: tl.constexpr, C2: tl.constexpr, CPG: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / sqrt(var + eps) (G,) of x + x_bias, of groups first + (0, ..., G - 1) that begin before channel end
+
+    Layout:    stats (2, B, CHUNKS, C1) fp32, stats2 (2, B2, CHUNKS2, C2) of a second tensor, whose row n2 belongs to n
+    Precision: fp32; a tile by two passes over registers so that a large mean loses nothing, tiles by Chan's formula
+    Traffic:   the statistics of these groups once
     Reference: reference.group_moments
     """
-    GROUPS: tl.constexpr = (C1 + C2) // CPG
-    group = tl.program_id(0) % GROUPS
-    n = (tl.program_id(0) // GROUPS).to(tl.int64)
-    first = group * CPG
-    pivot = tl.load(stats_ptr + n * CHUNKS * C1 + tl.minimum(first, C1 - 1))
-    if C2 > 0 and first >= C1:
-        pivot = tl.load(stats2_ptr + n * CHUNKS2 * C2 + first - C1)
-    if x_bias_ptr is not None:
-        pivot += tl.load(x_bias_ptr + first).to(tl.float32)
-    size = HW * (CPG * 1.0)
-    total = _partial_sum(stats_ptr, x_bias_ptr, n, B, HW, CHUNKS, group, pivot, C1, 0, CPG, False, BLOCK_K, BLOCK_C)
+    group = first + tl.arange(0, BLOCK_G)
+    size = tl.zeros((BLOCK_G,), tl.float32)
+    mean = tl.zeros((BLOCK_G,), tl.float32)
+    m2 = tl.zeros((BLOCK_G,), tl.float32)
+    chunks = CHUNKS
     if C2 > 0:
-        total += _partial_sum(
-            stats2_ptr, x_bias_ptr, n, B, HW, CHUNKS2, group, pivot, C2, C1, CPG, False, BLOCK_K, BLOCK_C
-        )
-    mean = pivot + total / size
-    m2 = _partial_sum(stats_ptr, x_bias_ptr, n, B, HW, CHUNKS, group, mean, C1, 0, CPG, True, BLOCK_K, BLOCK_C)
-    if C2 > 0:
-        m2 += _partial_sum(stats2_ptr, x_bias_ptr, n, B, HW, CHUNKS2, group, mean, C2, C1, CPG, True, BLOCK_K, BLOCK_C)
-    tl.store(moments_ptr + n * GROUPS + group, mean)
-    tl.store(moments_ptr + (n + B) * GROUPS + group, 1.0 / tl.sqrt_rn(m2 / size + eps))
+        chunks = tl.maximum(CHUNKS, CHUNKS2)
+    for first_lane in range(0, CPG, BLOCK_L):
+        lane = first_lane + tl.arange(0, BLOCK_L)
+        c = group[:, None] * CPG + lane[None, :]
+        mask_c = (lane < CPG)[None, :] & (group * CPG < end)[:, None]
+        if x_bias_ptr is not None:
+            x_bias = tl.load(x_bias_ptr + c, mask_c, 0.0).to(tl.float32)
+        for start in range(0, chunks, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            part, part_m2, count = _load_part(
+                stats_ptr, n, B, k, _chunk_sizes(k, HW, CHUNKS), CHUNKS, c, mask_c & (c < C1), C1
+            )
+            if C2 > 0:
+                # zeros where the other is
+                part_2, m2_2, count_2 = _load_part(
+                    stats2_ptr, n2, B2, k, _chunk_sizes(k, HW, CHUNKS2), CHUNKS2, c - C1, mask_c & (c >= C1), C2
+                )
+                part, part_m2, count = part + part_2, part_m2 + m2_2, count + count_2
+            if x_bias_ptr is not None:
+                part += x_bias[None, :, :]
+            # a tile can have no chunk of a group: 1 stands for no pixels
+            size_t = _over_group(count)
+            whole = tl.maximum(size_t, 1.0)
+            part = tl.where(count > 0, part, 0.0)
+            mean_t = _over_group(count * part) / whole
+            deviation = tl.where(count > 0, part - mean_t[None, :, None], 0.0)
+            # the sum of the deviations is what rounding left of a large mean
+            rest = _over_group(count * deviation) / whole
+            deviation = tl.where(count > 0, deviation - rest[None, :, None], 0.0)
+            m2_t = _over_group(part_m2 + count * deviation * deviation)
+            share = size_t / tl.maximum(size + size_t, 1.0)
+            delta = mean_t + rest - mean
+            mean += delta * share
+            m2 += m2_t + delta * (delta * (size * share))
+            size += size_t
+    return mean, 1.0 / tl.sqrt_rn(m2 / tl.maximum(size, 1.0) + eps)
 
 
 def new_statistics(x: Tensor) -> Tensor:
@@ -126,7 +140,10 @@ def plan_statistics(x: Tensor, stats: Tensor) -> Plan:
     """stats (2, B, CHUNKS, C) fp32 of x, any number of chunks"""
     b, c, height, width = x.shape
     vec, chunks = vector(x), stats.shape[2]
-    rule = {"BLOCK_P": 64, "BLOCK_C": channel_block(c, chunks), "num_warps": 4 if wide(vec, x) else 8}
+    block_c = channel_block(c, chunks)
+    block_p = min(power_of_two(triton.cdiv(height * width, chunks)), 4096 // block_c)
+    # 16 bytes for each of 64 threads
+    rule = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(1, min(8, block_p * block_c // 512))}
     s = settings("statistics", x.device, b, c, height * width, x.dtype, **rule)
     return Plan(
         kernel=_statistics_kernel,
@@ -138,30 +155,14 @@ def plan_statistics(x: Tensor, stats: Tensor) -> Plan:
 
 
 def fold_block(chunks: int, per_group: int) -> dict[str, int]:
-    """Chunks and channels of a tile of at most 1,024 partial statistics"""
+    """Chunks and channels of a tile of at most 1,024 partial sums"""
     block_c = min(1024, power_of_two(per_group))
     return {"BLOCK_K": max(1, min(power_of_two(chunks), 1024 // block_c)), "BLOCK_C": block_c}
 
 
-def plan_fold(
-    stats: Tensor, stats2: Tensor | None, x_bias: Tensor | None, moments: Tensor, pixels: int, eps: float
-) -> Plan:
-    """moments (2, B, groups) fp32 from the statistics of one or two tensors"""
-    b, groups = moments.shape[1:]
-    c1, c2 = stats.shape[3], 0 if stats2 is None else stats2.shape[3]
-    per_group = (c1 + c2) // groups
-    tile = fold_block(stats.shape[2] if stats2 is None else max(stats.shape[2], stats2.shape[2]), per_group)
-    return Plan(
-        kernel=_fold_kernel,
-        grid=(b * groups,),
-        args={
-            **{"stats_ptr": stats, "CHUNKS": stats.shape[2]},
-            **{"stats2_ptr": stats2, "CHUNKS2": None if stats2 is None else stats2.shape[2]},
-            **{"x_bias_ptr": x_bias, "moments_ptr": moments, "B": b, "HW": pixels, "eps": eps},
-        },
-        constexprs={
-            **{"C1": c1, "C2": c2, "CPG": per_group},
-            **tile,
-        },
-        num_warps=max(1, tile["BLOCK_K"] * tile["BLOCK_C"] // FOLD_PER_WARP),
-    )
+def merge_block(chunks: int, per_group: int, groups: int, num_warps: int) -> dict[str, int]:
+    """Groups, chunks and channels of a tile of merged_moments: 8 means a thread, so that nothing spills"""
+    elements, block_g = 256 * num_warps, power_of_two(groups)
+    block_l = min(power_of_two(per_group), max(1, elements // block_g))
+    block_k = max(1, min(power_of_two(chunks), elements // (block_g * block_l)))
+    return {"BLOCK_G": block_g, "BLOCK_K": block_k, "BLOCK_L": block_l}

@@ -1,0 +1,138 @@
+"""What a call needs besides time: memory, launches, energy; each None, or a reason, where it cannot be had"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from fastdiff.evaluation.results import Row
+
+Run = Callable[[], object]
+
+HOST_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+
+
+class TookTooLong(RuntimeError):
+    """More seconds than a peer is given"""
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """TookTooLong after so many seconds of the body; main thread only"""
+
+    def stop(*_: Any) -> None:
+        raise TookTooLong(f"more than {seconds:g} s to be made and to draw its first images")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def why(error: BaseException) -> str:
+    """One line for a row's `absent`"""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def allocated_on_host(run: Run) -> int | None:
+    """Most bytes that torch's CPU allocator held at a time beyond what it held before; oneDNN's own are not seen"""
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        run()
+    found = profiler.kineto_results
+    if found is None:
+        return None
+    changes = sorted((e.start_ns(), e.nbytes()) for e in found.events() if e.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0))
+
+
+class DeviceMemory:
+    """Most bytes of a GPU that the body held at a time beyond what was held before, allocated and reserved"""
+
+    def __enter__(self) -> DeviceMemory:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.synchronize()
+        self.peak = torch.cuda.max_memory_allocated() - self.before[0]
+        self.reserved = torch.cuda.max_memory_reserved() - self.before[1]
+
+
+def launches(run: Run, steps: int) -> Row:
+    """Kernels and copies that ran on the GPU, and launches by the host, a step; nothing where CUPTI sees nothing"""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    try:
+        with torch.profiler.profile(activities=activities) as profiler:
+            run()
+            torch.cuda.synchronize()
+        events = list(profiler.events() or ())
+    except RuntimeError:
+        return {}
+    on_device = sum(
+        e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False) for e in events
+    )
+    by_host = sum(e.name.startswith(HOST_LAUNCHES) for e in events)
+    return {"launches": on_device / steps, "host_launches": by_host / steps} if on_device else {}
+
+
+def energy(run: Run, images: int, window: float = 10.0) -> Row:
+    """Joules an image over a window of seconds, what the GPU draws when idle included"""
+    try:
+        stop, source = _meter()
+    except Exception as error:
+        return {"J_per_image": None, "energy": f"absent: {why(error)}"}
+    calls, start = 0, time.perf_counter()
+    try:
+        while time.perf_counter() - start < window:
+            run()
+            torch.cuda.synchronize()
+            calls += 1
+    finally:
+        joules = stop(time.perf_counter() - start)
+    if joules is None:
+        return {"J_per_image": None, "energy": f"absent: {source} said nothing"}
+    return {"J_per_image": joules / (calls * images), "energy": source}
+
+
+def _meter() -> tuple[Callable[[float], float | None], str]:
+    """A function of the seconds since now that gives the joules, and what it asks"""
+    try:
+        import pynvml  # type: ignore[import-not-found]
+    except ImportError:
+        return _sampled()
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    return lambda _: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1e3, "NVML's counter"
+
+
+def _sampled() -> tuple[Callable[[float], float | None], str]:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        raise FileNotFoundError("neither nvidia-ml-py nor nvidia-smi")
+    query = [command, "--query-gpu=power.draw", "--format=csv,noheader,nounits", f"--id={torch.cuda.current_device()}"]
+    process = subprocess.Popen([*query, "-lms", "100"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def stop(seconds: float) -> float | None:
+        process.terminate()
+        watts = []
+        for line in process.communicate(timeout=10)[0].splitlines():
+            with contextlib.suppress(ValueError):
+                watts.append(float(line))
+        return seconds * sum(watts) / len(watts) if watts else None
+
+    return stop, "power.draw every 100 ms"

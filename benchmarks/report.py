@@ -1,0 +1,257 @@
+"""What the rows of whole networks say, as README's table and two pictures
+
+    python -m benchmarks.report [--results benchmarks/results] [--readme README.md] [--docs docs]
+
+The table goes between <!-- networks --> and <!-- /networks -->; docs/ladder.png and docs/batch.png are drawn where
+there are rows of them (batch: of a GPU). Of every case and device the rows of the last run count. A ratio is
+written where p20 to p80 of the two do not overlap, and only there; what is absent is called so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.networks import CONFIGS
+from benchmarks.registry import ITEM, passes
+from benchmarks.sites import blocks
+from fastdiff.evaluation.results import Row, read_rows
+from fastdiff.model import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- networks -->", "<!-- /networks -->"
+NOT_MEASURED = "not measured"
+
+PROVIDERS = {
+    "fastdiff": "fastdiff",
+    "again": "fastdiff again",
+    "diffusers-eager": "diffusers",
+    "diffusers-channels-last": "channels_last",
+    "diffusers-compile": "torch.compile",
+    "diffusers-freezing": "with freezing",
+    "diffusers-graph": "CUDA graph",
+}
+BACKENDS = {"cpu": "a CPU", "cuda": "a GPU"}
+
+# what dense products in half precision and copies reach at most, by a part of the device's name
+FLOP_PER_S = 790e12
+BYTES_PER_S = {"H100": 3.0e12, "H200": 4.3e12}
+
+
+def latest(rows: Iterable[Row], case: str) -> dict[tuple[str, str], list[Row]]:
+    """Rows of the last whole run by (id, device): those that were timed in turn; rehearsals left out"""
+    runs: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        if row.get("case") == case and row["network"] != "toy":
+            runs.setdefault((row["id"], row["device"]), {}).setdefault(row["when"], []).append(row)
+    found = {}
+    for key, of in runs.items():
+        # a run's last row is fastdiff's
+        whole = [when for when, run in of.items() if any(row["provider"] == "fastdiff" for row in run)]
+        if whole:
+            found[key] = of[max(whole)]
+    return found
+
+
+def times_as_fast(mine: Row, other: Row) -> float | None:
+    """How many times as fast mine is, by medians; None where p20 to p80 overlap"""
+    if mine["p80_ms"] < other["p20_ms"] or other["p80_ms"] < mine["p20_ms"]:
+        return other["p50_ms"] / mine["p50_ms"]
+    return None
+
+
+def step_cell(row: Row, mine: Row) -> str:
+    ratio = times_as_fast(mine, row)
+    value = f"{row['p50_ms']:.4g}"
+    return value if ratio is None else f"{value} ({ratio:.2f}x)"
+
+
+def need_cell(row: Row, mine: Row) -> str:
+    memory = row.get("peak_memory_bytes")
+    return f"{row['first_s']:.3g} s, " + (NOT_MEASURED if memory is None else f"{memory / 1e9:.2f} GB")
+
+
+def gpu_cell(row: Row, mine: Row) -> str:
+    launches, joules = row.get("launches"), row.get("J_per_image")
+    parts = [NOT_MEASURED if launches is None else f"{launches:.0f}", "absent" if joules is None else f"{joules:.3g} J"]
+    return ", ".join(parts)
+
+
+def _cell(row: Row | None, mine: Row, cell: Callable[[Row, Row], str]) -> str:
+    if row is None:
+        return NOT_MEASURED
+    return "absent" if "absent" in row else cell(row, mine)
+
+
+def _lines(cases: list[list[Row]], cell: Callable[[Row, Row], str]) -> list[str]:
+    asked = [name for name in PROVIDERS if any(row["provider"] == name for rows in cases for row in rows)]
+    lines = ["| | " + " | ".join(PROVIDERS[name] for name in asked) + " |", "| --- " * (len(asked) + 1) + "|"]
+    for rows in cases:
+        by = {row["provider"]: row for row in rows}
+        mine = by["fastdiff"]
+        images = "1 image" if mine["images"] == 1 else f"{mine['images']} images"
+        name = f"{mine['network'].replace('adm', 'ADM')}, {mine['dtype']}, {images}, w = {mine['w']:g}"
+        lines.append(f"| {name} | " + " | ".join(_cell(by.get(p), mine, cell) for p in asked) + " |")
+    return lines
+
+
+def table(rows: Iterable[Row]) -> str:
+    """README's text: a part a backend and device"""
+    groups = latest(rows, "network")
+    parts = []
+    for backend, where in BACKENDS.items():
+        devices = sorted({device for (_, device), of in groups.items() if of[0]["backend"] == backend})
+        if not devices:
+            parts.append(f"On {where}: {NOT_MEASURED}.")
+        for device in devices:
+            cases = [of for (_, at), of in sorted(groups.items(), key=_order) if at == device]
+            parts += _device(cases, backend, device)
+    return "\n\n".join(parts)
+
+
+def _order(item: tuple[tuple[str, str], list[Row]]) -> tuple[Any, ...]:
+    row = item[1][0]
+    return list(CONFIGS).index(row["network"]), row["dtype"] != "float32", row["images"], row["w"]
+
+
+def _device(cases: list[list[Row]], backend: str, device: str) -> list[str]:
+    every = [row for rows in cases for row in rows]
+    commits = sorted({row["commit"] + (" with changes" if row["dirty"] else "") for row in every})
+    threads = f", {every[0]['threads']} threads" if backend == "cpu" else ""
+    head = (
+        f"{device}{threads}, torch {every[0]['torch']}, commit {', '.join(commits)}: milliseconds a step, medians, and "
+        "how many times as fast fastdiff is where p20 to p80 do not overlap."
+    )
+    parts = [head, "\n".join(_lines(cases, step_cell))]
+    parts += ["Seconds to the first images, compiling included, and peak memory:", "\n".join(_lines(cases, need_cell))]
+    if backend == "cuda":
+        parts += ["Launches a step, and energy an image:", "\n".join(_lines(cases, gpu_cell))]
+    return parts
+
+
+def inserted(readme: str, text: str) -> str:
+    """readme with text between its markers; ValueError without them"""
+    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
+        raise ValueError(f"README must hold {START} and {END} once each, in this order")
+    head, rest = readme.split(START)
+    return f"{head}{START}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def flops(name: str) -> int:
+    """Of one evaluation for one image, 2 a multiply-add: convolutions, products and attention; name: a preset's"""
+    config = PRESETS[name]
+    pixels, width, emb = config.image_size**2, config.widths[0], 4 * config.channels
+    total = 9 * (config.in_channels + config.out_channels) * width * pixels + config.channels * emb + emb**2
+    for block in blocks(name):
+        c, c_out, area = block.channels, block.out_channels, block.out_side**2
+        if block.kind == "attention":
+            total += 4 * c * c * area + 2 * c * area**2
+            continue
+        total += (9 * c * c_out + 9 * c_out**2 + c * c_out * (c != c_out)) * area + emb * 2 * c_out
+    return 2 * total
+
+
+def bound_ms(name: str, rows: int, device: str) -> float | None:
+    """A step's products at the peak and its norms and sums at the copying speed (T3); None for devices without figures
+
+    rows: that the network sees.
+    """
+    speed = next((value for part, value in BYTES_PER_S.items() if part in device), None)
+    if speed is None:
+        return None
+    preset = name.removesuffix("-hc64")
+    moved = ITEM * sum(p.reads + p.writes for p in passes(preset, "T3") if p.what in ("norm", "residual"))
+    return 1e3 * rows * (flops(preset) / FLOP_PER_S + moved / speed)
+
+
+def draw_ladder(rows: Iterable[Row], path: Path) -> bool:
+    """Bars a rung, a panel a case; False where there are no rows"""
+    cases = [(key, of) for key, of in sorted(latest(rows, "ladder").items(), key=_order) if of[0]["w"]]
+    if not cases:
+        return False
+    from benchmarks.ablations import LADDER
+
+    figure, axes = _figure(len(cases))
+    for panel, ((_, device), of) in zip(axes, cases, strict=True):
+        rungs = sorted((row for row in of if "absent" not in row), key=lambda row: row["rung"])
+        labels = [LADDER.get(str(row["added"]), str(row["added"])) for row in rungs]
+        p50 = [row["p50_ms"] for row in rungs]
+        errors = [[m - r["p20_ms"] for m, r in zip(p50, rungs, strict=True)]]
+        errors.append([r["p80_ms"] - m for m, r in zip(p50, rungs, strict=True)])
+        panel.barh(range(len(rungs)), p50, xerr=errors, color="#1f5fa8", height=0.6, ecolor="#777777", capsize=3)
+        panel.set_yticks(range(len(rungs)), [("+ " if i else "") + label for i, label in enumerate(labels)])
+        panel.invert_yaxis()
+        panel.set_xlabel("ms a step, p50, p20 to p80")
+        row = of[0]
+        panel.set_title(
+            f"{row['network']}, {row['dtype']}, n = {row['images']}, w = {row['w']:g}\n{device}", fontsize=9
+        )
+    figure.savefig(path)
+    return True
+
+
+def draw_batch(rows: Iterable[Row], path: Path) -> bool:
+    """Milliseconds a step and image over the batch, with guidance, on GPUs; False where there are no rows"""
+    series: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for (_, device), of in latest(rows, "network").items():
+        for row in of:
+            if row["backend"] == "cuda" and row["w"] and "absent" not in row:
+                lines = series.setdefault((row["network"], device), {})
+                lines.setdefault(row["provider"], {})[row["images"]] = row["p50_ms"] / row["images"]
+    if not series:
+        return False
+    figure, axes = _figure(len(series))
+    for panel, ((name, device), lines) in zip(axes, sorted(series.items()), strict=True):
+        for provider, label in PROVIDERS.items():
+            points = sorted(lines.get(provider, {}).items())
+            if points and provider != "again":
+                panel.plot(
+                    *zip(*points, strict=True), marker="o", linewidth=2 if provider == "fastdiff" else 1, label=label
+                )
+        batches = sorted({n for points in lines.values() for n in points})
+        bounds = [(n, bound) for n in batches if (bound := bound_ms(name, 2 * n, device)) is not None]
+        if bounds:
+            panel.plot(batches, [bound / n for n, bound in bounds], "k--", linewidth=1, label="bound (T3)")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(batches, [str(n) for n in batches])
+        panel.set_xlabel("images, each with its null row")
+        panel.set_ylabel("ms a step and image")
+        panel.set_title(f"{name}\n{device}", fontsize=9)
+        panel.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+    return True
+
+
+def _figure(columns: int) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0 * columns, 4.0), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.25)
+    return figure, list(axes)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="folder or .jsonl file of rows")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the markers")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pictures")
+    given = parser.parse_args(arguments)
+    rows = read_rows(given.results, "benchmark")
+    text = table(rows)
+    print(text)
+    given.readme.write_text(inserted(given.readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+    for name, draw in (("ladder", draw_ladder), ("batch", draw_batch)):
+        path = given.docs / f"{name}.png"
+        print(f"wrote {path}" if draw(rows, path) else f"{path}: {NOT_MEASURED}")
+
+
+if __name__ == "__main__":
+    main()

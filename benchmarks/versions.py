@@ -1,0 +1,165 @@
+"""Versions of one sampling call: made, checked against the images in float32, and timed in turn"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.networks import STEPS, Call, Case, Problem
+from benchmarks.observe import DeviceMemory, allocated_on_host
+from benchmarks.timing import percentiles
+from fastdiff.evaluation.results import Row
+
+if TYPE_CHECKING:
+    from benchmarks.conftest import Recorder
+
+# a case ends within ten minutes, but for one round at least
+MAX_ROUNDS = {"cpu": 3, "cuda": 50}
+ROUNDS_S = {"cpu": 345.0, "cuda": 120.0}
+# of images in [-1, 1] against float32: largest difference in float32, mean in half precision
+TOLERANCE, MEAN_TOLERANCE = 1e-2, 0.1
+
+
+@dataclasses.dataclass
+class Version:
+    """A sampling call and what was seen of it; times: ms a step, calls: ms a call"""
+
+    call: Call
+    error: float
+    first_s: float
+    memory: Row
+    times: list[float] = dataclasses.field(default_factory=list)
+    calls: list[float] = dataclasses.field(default_factory=list)
+
+
+def timed(call: Call, device: torch.device) -> tuple[Tensor, float, list[float]]:
+    """Images, ms of the call, and ms of each of its steps, on a GPU their mean"""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        images = call()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end)
+        return images, elapsed, [elapsed / STEPS]
+    stamps = [time.perf_counter()]
+    images = call(lambda: stamps.append(time.perf_counter()))
+    milliseconds = [1e3 * (b - a) for a, b in pairwise(stamps)]
+    assert len(milliseconds) == STEPS, len(milliseconds)
+    return images, 1e3 * (time.perf_counter() - stamps[0]), milliseconds
+
+
+class _Enough(Exception):
+    pass
+
+
+def one_step(call: Call) -> None:
+    def stop() -> None:
+        raise _Enough
+
+    with contextlib.suppress(_Enough):
+        call(stop)
+
+
+def sampled(version: Version, problem: Problem) -> None:
+    """What pytest-benchmark is given to run once: a call on a GPU, a step on a CPU, where calls take minutes"""
+    if problem.device.type == "cuda":
+        version.call()
+    else:
+        one_step(version.call)
+
+
+def check_images(images: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """Mean difference from the images in float32; AssertionError where it is more than rounding"""
+    difference = (images.double().cpu() - exact.double()).abs()
+    mean, largest = float(difference.mean()), float(difference.max())
+    if dtype == torch.float32:
+        assert largest <= TOLERANCE, (largest, mean)
+    else:
+        # a clipped pixel may fall to the other side, so the largest says nothing
+        assert mean <= MEAN_TOLERANCE, (largest, mean)
+    return mean
+
+
+def started(make: Callable[[], Call], problem: Problem, exact: Tensor, weights: int) -> Version:
+    """Makes a version and draws its first images, which must be `exact`; weights: bytes that it uses, made before"""
+    device = problem.device
+    with DeviceMemory() if device.type == "cuda" else contextlib.nullcontext() as memory:
+        start = time.perf_counter()
+        call = make()
+        images, _, _ = timed(call, device)
+        first_s = time.perf_counter() - start
+    error = check_images(images, exact, problem.dtype)
+    if isinstance(memory, DeviceMemory):
+        held: Row = {"peak_memory_bytes": memory.peak + weights, "reserved_bytes": memory.reserved + weights}
+        return Version(call, error, first_s, held)
+    activations = allocated_on_host(lambda: one_step(call))
+    held = {"peak_memory_bytes": None if activations is None else activations + weights}
+    return Version(call, error, first_s, held)
+
+
+def take_turns(versions: Mapping[str, Version], device: torch.device, rounds: int) -> None:
+    """Times calls of all versions in turn until there are enough rounds or the time is over"""
+    start = last = time.perf_counter()
+    for done in range(min(rounds, MAX_ROUNDS[device.type])):
+        now = time.perf_counter()
+        if done and now - start + (now - last) > ROUNDS_S[device.type]:
+            break
+        last = now
+        for version in versions.values():
+            _, call_ms, rows = timed(version.call, device)
+            version.times += rows
+            version.calls.append(call_ms)
+
+
+def facts_of(problem: Problem, kind: str, version: Version | None = None) -> Row:
+    """when: of the run, the same in all rows of versions that took turns"""
+    case = problem.case
+    row: Row = {
+        **{"case": kind, "id": f"{kind}-{case.id}", "network": case.network, "dtype": case.dtype},
+        **{"images": case.images, "w": case.w, "steps": STEPS, "when": problem.when},
+    }
+    if version is not None:
+        call_ms = percentiles(version.calls)[1]
+        row |= {"call_p50_ms": call_ms, "images_per_s": 1e3 * case.images / call_ms, "calls": len(version.calls)}
+        row |= {"first_s": version.first_s, "setup_s": max(0.0, version.first_s - call_ms / 1e3)}
+        row |= {"mean_error": version.error, "timed": "call" if case.device == "cuda" else "step", **version.memory}
+    return row
+
+
+@contextlib.contextmanager
+def as_benchmarked(device: torch.device) -> Iterator[None]:
+    """float32 is float32 on both sides, and nothing of an earlier case is left"""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def parametrised(cpu: list[Case], gpu: list[Case], kind: str) -> list[Any]:
+    marked = [(case, ()) for case in cpu] + [(case, (pytest.mark.gpu,)) for case in gpu]
+    return [pytest.param(case, id=f"{kind}-{case.id}", marks=marks) for case, marks in marked]
+
+
+def leave_out(case: Case, device: torch.device, record: Recorder, **facts: object) -> None:
+    """Skips a case of another device, and with --resume one that has a row with these facts"""
+    if case.device != device.type:
+        pytest.skip(f"needs --device {case.device}")
+    if record.has(**facts):
+        pytest.skip("has rows already (--resume)")

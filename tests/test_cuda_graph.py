@@ -1,0 +1,131 @@
+"""GraphedStep: on a CPU the function stands for the graph, under the same contract"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiff.cuda_graph import POISON, GraphedStep, NotCapturable
+
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
+
+
+class Accumulator:
+    """total += x, count += 1, over buffers that live as long as it does"""
+
+    def __init__(self, device: str) -> None:
+        self.x, self.total = torch.ones(3, device=device), torch.ones(3, device=device)
+        self.count = torch.ones(1, dtype=torch.int64, device=device)
+        self.static = [self.x, self.total, self.count]
+
+    def __call__(self) -> None:
+        self.total += self.x * 2
+        self.count += 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replays_are_calls(device: str) -> None:
+    step = Accumulator(device)
+    replay = GraphedStep(step, step.static)
+    for x in (1.0, 5.0):
+        step.x.fill_(x), step.total.zero_(), step.count.zero_()
+        for _ in range(3):
+            replay()
+        assert step.total.tolist() == [6 * x] * 3 and step.count.item() == 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_nobody_fills_is_poison(device: str) -> None:
+    step = Accumulator(device)
+    replay = GraphedStep(step, step.static)
+    assert step.x.isnan().all() and step.total.isnan().all() and step.count.item() == POISON
+    step.total.zero_()
+    replay()
+    assert step.total.isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_warming_up_starts_from_zero(device: str) -> None:
+    """A counter that a warm-up leaves behind its table would be an index of nothing"""
+    counts: list[int] = []
+    step = Accumulator(device)
+    step.count.fill_(7)
+
+    def seen() -> None:
+        # a copy on the device: reading is what a step must not do
+        counts.append(step.count.clone())
+        step()
+
+    GraphedStep(seen, step.static)
+    assert counts[0].item() == 0
+
+
+def reads(x: torch.Tensor) -> torch.Tensor:
+    return x * float(x.sum())
+
+
+def branches(x: torch.Tensor) -> torch.Tensor:
+    return x if x.sum() > 0 else -x
+
+
+def selects(x: torch.Tensor) -> torch.Tensor:
+    return x[x > 0].sum() * x
+
+
+def finds(x: torch.Tensor) -> torch.Tensor:
+    return x.nonzero().sum() * x
+
+
+def compares(x: torch.Tensor) -> torch.Tensor:
+    return x if torch.equal(x, x * 2) else x * 3
+
+
+def counts(x: torch.Tensor) -> torch.Tensor:
+    return x * x.unique().sum()
+
+
+@pytest.mark.parametrize("function", [reads, branches, selects, finds, compares, counts], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_host_read_is_named(device: str, function) -> None:
+    x = torch.ones(3, device=device)
+    with pytest.raises(NotCapturable, match=r"aten\.\w+.* reads the device's data on the host"):
+        GraphedStep(lambda: x.copy_(function(x)), [x])
+    # and the device goes on working
+    assert float((x * 0).nan_to_num().sum()) == 0
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_upload_is_named(device: str) -> None:
+    x = torch.ones(3)
+    with pytest.raises(NotCapturable, match="moves data between cpu and"):
+        GraphedStep(lambda: x.to(device), [x])
+
+
+def test_a_conversion_on_one_device_is_no_upload() -> None:
+    x = torch.ones(3)
+    GraphedStep(lambda: x.copy_(x.to("cpu", torch.float64)), [x])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_out_of_memory_is_passed_on(device: str) -> None:
+    x = torch.ones(3, device=device)
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        GraphedStep(full, [x])
+
+
+@pytest.mark.gpu
+def test_a_replay_runs_no_code_of_the_host() -> None:
+    step, calls = Accumulator("cuda"), []
+
+    def counted() -> None:
+        calls.append(1)
+        step()
+
+    replay = GraphedStep(counted, step.static, warmups=3)
+    assert len(calls) == 4
+    replay()
+    assert len(calls) == 4
