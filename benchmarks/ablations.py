@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastdiff.diffusion_model import is_conditioned_apart
 from fastdiff.model import blocks
+from fastdiff.model import packed as packing
 
 # in the order in which the composition as it is published becomes fastdiff's
 LADDER: dict[str, str] = {
@@ -156,9 +157,10 @@ def residual_without(names: Collection[str], used: Used, residual: Callable[...,
     def wrapped(
         h: Tensor,
         bias: Tensor | None,
-        skip: Tensor,
+        skip: Tensor | None,
         skip2: Tensor | None = None,
         weight: Tensor | None = None,
+        weight_bias: Tensor | None = None,
         *,
         resample: str | None = None,
         stats: bool = True,
@@ -166,19 +168,25 @@ def residual_without(names: Collection[str], used: Used, residual: Callable[...,
         if "bias" in names and bias is not None:
             used["bias"] += 1
             h, bias = biased(h, bias), None
-        if "concat" in names and skip2 is not None:
+        if "bias" in names and weight_bias is not None and h.device.type != "cpu":
+            used["bias"] += 1
+            h, weight_bias = biased(h, weight_bias), None
+        if "concat" in names and skip is not None and skip2 is not None:
             used["concat"] += 1
             skip, skip2 = cat(skip, skip2, len(h)), None
-        if "skip" in names and weight is not None:
+        if "skip" in names and skip is not None and weight is not None:
             used["skip"] += 1
             skip, skip2, weight = product(skip, skip2, weight, len(h)), None, None
-        if "resample" in names and resample is not None:
+            skip, weight_bias = biased(skip, weight_bias), None
+        if "resample" in names and skip is not None and resample is not None:
             used["resample"] += 1
             skip, resample = resampled(skip, resample), None
         if "statistics" in names and stats:
             used["statistics"] += 1
             stats = False
-        projection = {} if weight is None else {"skip2": skip2, "weight": weight}
+        if skip is None and bias is None and not stats:
+            return h, None
+        projection = {} if weight is None else {"skip2": skip2, "weight": weight, "weight_bias": weight_bias}
         return residual(h, bias, skip, **projection, resample=resample, stats=stats)
 
     return wrapped
@@ -190,18 +198,16 @@ def undone(names: Collection[str], used: Used | None = None) -> Iterator[Used]:
     used = Counter() if used is None else used
     cat = Concatenated()
     replacements: dict[str, tuple[Any, Any]] = {}
-    norm, residual = blocks.ada_group_norm, getattr(blocks, "residual", None)
+    norm, residual = blocks.ada_group_norm, blocks.residual
     replacements["ada_group_norm"] = norm, norm_without(names, used, norm, cat)
-    if residual is not None:
-        replacements["residual"] = residual, residual_without(names, used, residual, cat)
-    packed = getattr(sys.modules.get("fastdiff.model.packed"), "packed", None)
-    if "packed" in names and packed is not None:
+    replacements["residual"] = residual, residual_without(names, used, residual, cat)
+    if "packed" in names:
 
         def as_it_is(network: nn.Module, *_: Any, **__: Any) -> nn.Module:
             used["packed"] += 1
             return network
 
-        replacements["packed"] = packed, as_it_is
+        replacements["packed"] = packing.packed, as_it_is
     patched = []
     for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "fastdiff"]:
         for name, (original, replacement) in replacements.items():

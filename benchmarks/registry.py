@@ -6,9 +6,7 @@ T2: a norm with its modulation and SiLU is 2 reads + 1 write, biases are folded 
 T3: besides, no concatenation is stored; a norm whose input a residual wrote reads it once, its statistics handed in;
     resampling happens on the way out of the norm, which writes the pooled skip too, and on the way into the sum;
     the 1x1 convolution of a skip and the projection after attention take the sum with them.
-launches: T3 with the kernels of this repository: what their programs ask for by the formulas of traffic.py, with
-    statistics and small vectors. Attention's sum and a block's are `residual`, a skip's convolution stands alone, and
-    the sum reads a skip before it is pooled.
+What our own steps launch and move is count.py's.
 A convolution or a matrix product is 1 read + 1 write of activations, attention 3 reads + 1 write. Weights, embeddings
 and the modulation product are no activations.
 """
@@ -22,7 +20,6 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.sites import NETWORKS, Block, Site, blocks, network, norm_sites
-from benchmarks.traffic import moved
 from fastdiff.evaluation.results import Row, append_row, git_state, results_file
 from fastdiff_kernels._plan import Plan
 
@@ -45,14 +42,13 @@ class Pass(NamedTuple):
 
 
 def passes(name: str, tier: str) -> Iterator[Pass]:
-    """Every pass over activations of one image; tier "T2", "T3" or "rest": T3 without norms and residuals"""
+    """Every pass over activations of one image; tier "T2" or "T3"; what their launches are, too"""
     config = network(name).config
     pixels, width = config.image_size**2, config.widths[0]
     yield Pass("conv", config.in_channels * pixels, width * pixels)
     for block in blocks(name):
         yield from (_attention if block.kind == "attention" else _res_block)(block, tier)
-    if tier != "rest":
-        yield _norm(width * pixels, width * pixels, tier == "T3")
+    yield _norm(width * pixels, width * pixels, tier == "T3")
     yield Pass("conv", width * pixels, config.out_channels * pixels)
 
 
@@ -62,8 +58,7 @@ def _norm(size: int, out: int, handed: bool) -> Pass:
 
 def _attention(block: Block, tier: str) -> Iterator[Pass]:
     size = block.channels * block.side**2
-    if tier != "rest":
-        yield _norm(size, size, tier == "T3")
+    yield _norm(size, size, tier == "T3")
     yield Pass("product", size, 3 * size)
     yield Pass("attention", 3 * size, size)
     if tier == "T3":
@@ -80,10 +75,6 @@ def _res_block(block: Block, tier: str) -> Iterator[Pass]:
     widened = block.channels != block.out_channels
     yield Pass("conv", after, size)
     yield Pass("conv", size, size)
-    if tier == "rest":
-        if widened:
-            yield Pass("skip", after, size)
-        return
     yield _norm(size, size, handed=False)
     if tier == "T2":
         if block.split:
@@ -156,14 +147,6 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launched_bytes(name: str, rows: int = 1) -> dict[str, int]:
-    """Bytes an image of the composition "launches" by what moves them"""
-    dtype = torch.float16
-    norms = [plan for site in norm_sites(name) for plan in norm_plans(site, rows, dtype)]
-    residuals = [residual_plan(block, rows, dtype) for block in blocks(name)]
-    return {"norms": moved(norms) // rows, "residuals": moved(residuals) // rows, "others": tier_bytes(name, "rest")}
-
-
 def table() -> list[Row]:
     rows: list[Row] = []
     for name in NETWORKS:
@@ -171,8 +154,6 @@ def table() -> list[Row]:
         for tier in ("T2", "T3"):
             found = {"composition": tier, "bytes_per_image": tier_bytes(name, tier), "design_GB": DESIGN[name, tier]}
             rows.append(common | found)
-        parts = launched_bytes(name)
-        rows.append(common | {"composition": "launches", "bytes_per_image": sum(parts.values()), "parts": parts})
     return rows
 
 
@@ -185,8 +166,6 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         found, design = row["bytes_per_image"] / 1e9, row.get("design_GB")
         compared = "" if design is None else f" {design:7.3f} {found / design - 1:+7.2%}"
-        if "parts" in row:
-            compared = "  " + ", ".join(f"{part} {size / 1e9:.4f}" for part, size in row["parts"].items())
         print(f"{row['network']:8} {row['composition']:12} {found:9.4f}{compared}")
     if out is not None:
         commit, dirty = git_state()

@@ -27,6 +27,7 @@ NOT_MEASURED = "not measured"
 PROVIDERS = {
     "fastdiff": "fastdiff",
     "again": "fastdiff again",
+    "diffusers-float32": "diffusers float32",
     "diffusers-eager": "diffusers",
     "diffusers-channels-last": "channels_last",
     "diffusers-compile": "torch.compile",

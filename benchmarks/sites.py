@@ -107,8 +107,6 @@ def norm_sites(name: str) -> tuple[Site, ...]:
     """Every norm in the order of a forward pass; tests hold it to the shapes that a forward pass sees"""
     net, layout = network(name), blocks(name)
     groups = net.config.groups
-    # what the input convolution writes, no residual has seen: the first block reads it, and the last one as its skip
-    first, last = layout[0], [block for block in layout if block.split][-1]
     sites = []
     for block in layout:
         if block.kind == "attention":
@@ -124,8 +122,8 @@ def norm_sites(name: str) -> tuple[Site, ...]:
                 silu=True,
                 resample=block.resample,
                 split=block.split,
-                stats=block is not first,
-                stats2=block.split is not None and block is not last,
+                stats=True,
+                stats2=block.split is not None,
             )
         )
         out = f"{block.name}.out_layers.0"

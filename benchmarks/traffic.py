@@ -117,7 +117,7 @@ def _q_sample(p: _Launch) -> Bytes:
 def _residual(p: _Launch) -> Bytes:
     b, c, _, width = p.h.shape
     # for every row of y, those that share one of skip, too
-    pixels = p.skip.shape[2] * p.skip.shape[3]
+    pixels = 0 if p.skip is None else p.skip.shape[2] * p.skip.shape[3]
     if p.RESAMPLE == "up":
         pixels = _cells(p.HW, width, tuple(_tiles(p.HW, p.CHUNKS, p.BLOCK_P)))
     skip = b * c * item(p.skip) * pixels
@@ -128,7 +128,7 @@ def _projection(p: _Launch) -> Bytes:
     # channels of the output beside one another read the same skips; each tile of pixels reads all weights
     skips = p.B * -(-p.C // p.BLOCK_C) * p.HW * (p.C1 + p.C2) * item(p.skip)
     tiles = sum(1 for _ in _tiles(p.HW, p.CHUNKS, p.BLOCK_P))
-    small = p.B * (tiles * nbytes(p.weight) + p.CHUNKS * p.C * item(p.bias))
+    small = p.B * (tiles * nbytes(p.weight) + p.CHUNKS * p.C * item(p.bias, p.weight_bias))
     return Bytes(nbytes(p.h) + skips + small, nbytes(p.y, p.stats))
 
 

@@ -337,9 +337,6 @@ def test_a_step_is_counted_whole_and_copies_nothing(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="the network does not use all that its kernels can do yet"
-)
 def test_a_step_is_near_the_fused_floor() -> None:
     counted = fastdiff_step("adm-64")
     assert counted.launches <= 300

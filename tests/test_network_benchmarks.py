@@ -155,7 +155,8 @@ def test_without_diffusers_all_else_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "diffusers", None)
     rows = measured(dataclasses.replace(TOY, dtype="bfloat16"))
     assert {name for name in rows if "absent" in rows[name]} == {
-        *("diffusers-eager", "diffusers-channels-last", "diffusers-compile", "diffusers-freezing")
+        *("diffusers-eager", "diffusers-channels-last", "diffusers-compile", "diffusers-freezing"),
+        "diffusers-float32",
     }
     assert "import" in rows["diffusers-eager"]["absent"].lower()
     assert rows["fastdiff"]["to_float32"] < 0.05 and rows["fastdiff"]["call_p50_ms"] > 0

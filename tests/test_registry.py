@@ -14,17 +14,15 @@ from benchmarks.registry import (
     DESIGN,
     _attention,
     _res_block,
-    launched_bytes,
     main,
     norm_plans,
     residual_plan,
     tier_bytes,
 )
 from benchmarks.sites import NETWORKS, Block, Site, blocks, network, norm_sites
-from benchmarks.traffic import nbytes
 from fastdiff.evaluation.results import read_rows
 from fastdiff.model import PRESETS, UNet
-from fastdiff.model.blocks import AdaGroupNorm, Stage
+from fastdiff.model.blocks import AdaGroupNorm
 from fastdiff_kernels._impl import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed, and plans are built with it")
@@ -33,16 +31,15 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installe
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sites_are_what_a_forward_pass_sees(name: str) -> None:
     seen: dict[str, tuple[int, int, bool, bool]] = {}
-    written: list[int] = []
+    around: dict[str, tuple[tuple[int, int] | None, str | None]] = {}
 
     def hook(path: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-            # statistics have four dimensions too, two for the image
-            activations = [v for v in given if v.dim() == 4 and len(v) == 1]
-            silu = kwargs.get("silu", not (len(args) > 3 and args[3] is False))
-            channels = sum(v.shape[1] for v in activations)
-            seen[path] = (channels, activations[0].shape[2], any(v.dim() == 2 for v in given), silu)
+            parts = [part.x for part in args if part is not None]
+            modulated, silu = kwargs.get("scale") is not None, kwargs.get("silu", True)
+            seen[path] = (sum(x.shape[1] for x in parts), parts[0].shape[2], modulated, silu)
+            split = (parts[0].shape[1], parts[1].shape[1]) if len(parts) == 2 else None
+            around[path] = (split, kwargs.get("resample"))
 
         return record
 
@@ -51,18 +48,13 @@ def test_sites_are_what_a_forward_pass_sees(name: str) -> None:
         for path, module in net.named_modules():
             if isinstance(module, AdaGroupNorm):
                 module.register_forward_pre_hook(hook(path), with_kwargs=True)
-            if isinstance(module, Stage):
-                module.register_forward_hook(lambda module, args, out: written.append(out.shape[1]))
         side = net.config.image_size
         net(torch.empty(1, 3, side, side), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     sites = norm_sites(name)
     assert [site.name for site in sites] == list(seen)
     assert [(site.channels, site.side, site.modulated, site.silu) for site in sites] == list(seen.values())
     assert len(sites) == NETWORKS[name]
-    # a decoder block concatenates what the stage before it wrote and, last in first out, what the encoder's wrote
-    splits = [site.split for site in sites if site.split]
-    decoder = len(splits)
-    assert splits == list(zip(written[-decoder - 1 : -1], reversed(written[:decoder]), strict=True))
+    assert [(site.split, site.resample) for site in sites] == list(around.values())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -78,12 +70,8 @@ def test_what_surrounds_a_site_fits_it(name: str) -> None:
         assert sum(block.split or (block.channels,)) == block.channels
         assert (site.split, site.resample) == (block.split, block.resample)
         assert by_name[f"{block.name}.out_layers.0"].side == block.out_side
-    # what the input convolution writes is read by the first block and by the last one, and a residual wrote all else
-    without = [site.name for site in norm_sites(name) if not site.folded and not site.stats]
-    assert without == ["input_blocks.1.0.in_layers.0"]
-    assert [site for site in by_name.values() if site.split and not site.stats2] == [
-        by_name[f"{skips[-1].name}.in_layers.0"]
-    ]
+    # what a convolution alone has written is not known yet; all else has passed a residual
+    assert all(site.stats != site.folded and site.stats2 == (site.split is not None) for site in norm_sites(name))
 
 
 @pytest.mark.parametrize(("name", "tier"), DESIGN)
@@ -103,21 +91,6 @@ def test_a_tier_by_hand() -> None:
     attention = Block("", "attention", 8, 8, 2)
     assert sum(p.reads + p.writes for p in _attention(attention, "T2")) == pixels * 8 * (3 + 4 + 4 + 2 + 3)
     assert sum(p.reads + p.writes for p in _attention(attention, "T3")) == pixels * 8 * (2 + 4 + 4 + 3)
-
-
-@needs_triton
-@pytest.mark.parametrize("name", NETWORKS)
-def test_launches_stay_between_the_floor_and_what_is_not_fused(name: str) -> None:
-    parts = launched_bytes(name)
-    floor = 0
-    for site in norm_sites(name):
-        plans = norm_plans(site, 1, torch.float16)
-        tensors = {key: plans[-1].args[f"{key}_ptr"] for key in ("x", "x2", "y")}
-        floor += nbytes(*(v for v in tensors.values() if isinstance(v, torch.Tensor)))
-    assert floor < parts["norms"] < 1.6 * floor
-    assert tier_bytes(name, "rest") == parts["others"] < sum(parts.values()) < tier_bytes(name, "T2")
-    # nothing depends on the batch but what grows with it
-    assert sum(launched_bytes(name, 3).values()) == pytest.approx(sum(parts.values()), rel=1e-6)
 
 
 @needs_triton
@@ -158,7 +131,7 @@ def test_the_table_is_printed_and_stored(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     rows = read_rows(tmp_path, "bytes")
     assert {(row["network"], row["composition"]) for row in rows} == {
-        (name, tier) for name in NETWORKS for tier in ("T2", "T3", "launches")
+        (name, tier) for name in NETWORKS for tier in ("T2", "T3")
     }
     for row in rows:
         assert f"{row['bytes_per_image'] / 1e9:.4f}" in printed

@@ -38,20 +38,21 @@ def zero_init(module: Conv) -> Conv:
 def joined(
     u: torch.Tensor,
     bias: torch.Tensor | None,
-    h: Features,
+    h: Features | None = None,
     h2: Features | None = None,
     projection: nn.Conv1d | nn.Conv2d | None = None,
     resample: str | None = None,
 ) -> Features:
-    """The end of a block: u + bias + skip, the skip being h, resampled h or a 1x1 convolution of [h, h2]"""
-    weight = None
+    """The end of a block: u + bias + skip, the skip being nothing, h, resampled h or a 1x1 convolution of [h, h2]"""
+    weight = weight_bias = None
     if projection is not None:
         # under autocast parameters are wider than activations
-        weight, added = projection.weight.to(u.dtype), projection.bias
-        bias = added if bias is None or added is None else bias + added
+        weight, weight_bias = projection.weight.to(u.dtype), projection.bias
     # only kernels take statistics from a producer; what runs on a CPU makes its own
     stats = u.is_cuda or u.is_meta
-    return Features(*residual(u, bias, h.x, h2 and h2.x, weight, resample=resample, stats=stats))
+    if bias is None and h is None and not stats:
+        return Features(u)
+    return Features(*residual(u, bias, h and h.x, h2 and h2.x, weight, weight_bias, resample=resample, stats=stats))
 
 
 class AdaGroupNorm(nn.Module):

@@ -12,10 +12,10 @@ from fastdiff.model.blocks import (
     AdaGroupNorm,
     AttentionBlock,
     Downsample,
-    Features,
     ResBlock,
     Stage,
     Upsample,
+    joined,
     zero_init,
 )
 from fastdiff.model.convolution import Conv2d
@@ -261,7 +261,8 @@ class UNet(nn.Module):
             x = x.to(self.mod.weight.dtype)
         mods = iter(mod.split([rows for _, rows in self.mod_layout], dim=1))
         # One channel has no layout of its own, so the layout of everything after is set here
-        h = Features(self.conv_first(x).contiguous(memory_format=torch.channels_last))
+        u, bias = self.conv_first.unbiased(x)
+        h = joined(u.contiguous(memory_format=torch.channels_last), bias)
         hs = [h]
         for block in self.input_blocks[1:]:
             h = block(h, mods)

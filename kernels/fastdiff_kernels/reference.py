@@ -297,16 +297,18 @@ def sum_2x2(x: Tensor) -> Tensor:
 def residual(
     h: Tensor,
     bias: Tensor | None,
-    skip: Tensor,
+    skip: Tensor | None,
     skip2: Tensor | None = None,
     weight: Tensor | None = None,
+    weight_bias: Tensor | None = None,
     *,
     resample: str | None = None,
     stats: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, chunk_statistics of y or None), y = h + bias[c] + resample(skip), or h + bias[c] + weight @ [skip, skip2]
+    """(y, chunk_statistics of y or None), y = h + bias[c] + resample(skip), h + bias[c], or
+    h + bias[c] + weight @ [skip, skip2] + weight_bias[c]
 
-    Layout:    h, y (B, C, H, W); bias (C,); skip (ROWS, C, H, W), (ROWS, C, 2H, 2W) averaged 2 x 2 for
+    Layout:    h, y (B, C, H, W); bias, weight_bias (C,); skip (ROWS, C, H, W), (ROWS, C, 2H, 2W) averaged 2 x 2 for
                resample="down", or (ROWS, C, H / 2, W / 2) repeated 2 x 2 for resample="up"; with weight (C, C1 + C2)
                skip (ROWS, C1, H, W) and skip2 (ROWS2, C2, H, W). B in [ROWS, 2 ROWS]: row b of y takes row b of skip,
                or b - ROWS from row ROWS on, and so of skip2.
@@ -314,22 +316,24 @@ def residual(
     Reference: Dhariwal & Nichol, 2105.05233, section 3 (residual blocks that resample)
     """
     dtype = torch.promote_types(h.dtype, torch.float32)
-    if weight is None:
+    if skip is None:
+        added = []
+    elif weight is None:
         added = [resampled(skip.to(dtype), resample)]
     else:
         added = [project(x.to(dtype), columns.to(dtype)) for x, columns in split_columns(weight, skip, skip2)]
-    y = residual_sum(h.to(dtype), bias, added).to(h.dtype)
+    y = residual_sum(h.to(dtype), (bias, weight_bias), added).to(h.dtype)
     return y, chunk_statistics(y, num_chunks(h.shape[2] * h.shape[3])) if stats else None
 
 
-def residual_sum(h: Tensor, bias: Tensor | None, added: Sequence[Tensor]) -> Tensor:
-    """h + bias[c] + what is added, rows as in residual, in the dtype of h; h comes last, its digits may be few"""
-    total, *more = (repeat_rows(x, h.shape[0]).to(h.dtype) for x in added)
-    for x in more:
-        total = total + x
-    if bias is not None:
-        total = total + bias.to(h.dtype)[:, None, None]
-    return h + total
+def residual_sum(h: Tensor, biases: Sequence[Tensor | None], added: Sequence[Tensor]) -> Tensor:
+    """h + biases[c] + what is added, rows as in residual, in the dtype of h; h comes last, its digits may be few"""
+    terms = [repeat_rows(x, h.shape[0]).to(h.dtype) for x in added]
+    terms += [bias.to(h.dtype)[:, None, None] for bias in biases if bias is not None]
+    total = None
+    for term in terms:
+        total = term if total is None else total + term
+    return h.clone() if total is None else h + total
 
 
 def split_columns(weight: Tensor, x: Tensor, x2: Tensor | None) -> list[tuple[Tensor, Tensor]]:

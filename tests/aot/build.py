@@ -187,7 +187,7 @@ def faults(made: Build, built: Built, target: str) -> list[str]:
         found.append(f"its grid {made.plan.grid} is larger than {MAX_GRID}")
     if any(access.parameter == UNKNOWN for access in built.accesses):
         found.append("an access to global memory goes through no parameter that could be told")
-    for name, bits in made.needed(made.plan.num_warps * gpu.warp_size).items():
+    for name, bits in made.needed(made.plan.num_warps * gpu.warp_size, gpu.backend == "hip").items():
         mine = collections.Counter((access.kind, access.bits) for access in built.accesses if access.parameter == name)
         narrow = [f"{count} {kind}s of {got}" for (kind, got), count in sorted(mine.items()) if got < bits]
         if narrow or not mine:

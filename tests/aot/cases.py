@@ -32,7 +32,7 @@ Factors = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """One launch; bits: how wide every access to a parameter must be
+    """One launch; bits: how wide every access to a parameter must be, of_amd: how wide on AMD where that differs
 
     tile: elements of a parameter that one program has, where that can be fewer than 16 bytes for each thread because
     the image has no more; then what a thread has must come in one access. Without it nothing is an excuse.
@@ -41,12 +41,13 @@ class Build:
     plan: Plan
     bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     tile: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    of_amd: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def needed(self, threads: int) -> dict[str, int]:
+    def needed(self, threads: int, amd: bool) -> dict[str, int]:
         """Bits by parameter for programs of this many threads"""
         return {
             name: min(bits, self.plan.args[name].element_size() * 8 * max(1, self.tile.get(name, 1 << 30) // threads))
-            for name, bits in self.bits.items()
+            for name, bits in {**self.bits, **(self.of_amd if amd else {})}.items()
         }
 
 
@@ -256,11 +257,16 @@ def guided_step(
     resample=(None, "down", "up"),
     bias=("none", "fp32", "same"),
     stats=(False, True),
-    # what a weight takes channels from; without it skip is added as it is
-    parts=("none", "192", "96+192", "60+43"),
+    # what a weight takes channels from; without it skip is added as it is, or there is no skip
+    parts=("none", "no_skip", "192", "96+192", "60+43"),
+    weight_bias=("none", "fp32", "same"),
     shared=(False, True),
     place=PLACES,
-    allowed=lambda resample, parts, **_: resample is None or parts == "none",
+    allowed=lambda resample, parts, weight_bias, shared, **_: (
+        (parts == "none" or resample is None)
+        and (parts not in ("none", "no_skip") or weight_bias == "none")
+        and (parts != "no_skip" or not shared)
+    ),
     strength=3,
 )
 def residual(
@@ -273,6 +279,7 @@ def residual(
     bias: str,
     stats: bool,
     parts: str,
+    weight_bias: str,
     shared: bool,
     place: str,
 ) -> Iterator[Build]:
@@ -285,10 +292,14 @@ def residual(
     b = batch(place, channels, height, width)
     h, y = (images(new, place, b, channels, (height, width), dtype, layout) for _ in "hy")
     rows = -(-b // 2) if shared else b
-    bias_like = None if bias == "none" else new(channels, dtype=dtype if bias == "same" else bias)
+
+    def added(kind: str) -> Tensor | None:
+        return None if kind == "none" else new(channels, dtype=dtype if kind == "same" else kind)
+
+    bias_like = added(bias)
     written = new(2, b, num_chunks(height * width), channels) if stats else None
-    if parts == "none":
-        skip = images(new, place, rows, channels, of_skip, dtype, layout)
+    if parts in ("none", "no_skip"):
+        skip = images(new, place, rows, channels, of_skip, dtype, layout) if parts == "none" else None
         yield wide(plan_residual(h, bias_like, skip, y, written, resample), "h", "skip", "y")
         return
     c1, *more = (int(part) for part in parts.split("+"))
@@ -299,17 +310,19 @@ def residual(
         images(new, place, b if more else rows, c1, (height, width), dtype, layout),
         images(new, place, rows, more[0], (height, width), dtype, layout) if more else None,
         new(channels, c1 + sum(more), dtype=dtype),
+        added(weight_bias),
         y,
         written,
     )
     of = plan.constexprs
-    tile = dict.fromkeys(("skip_ptr", "skip2_ptr"), of["BLOCK_P"] * of["BLOCK_K"])
-    made = wide(
-        plan, "h", "skip", "skip2", "y", tile=tile | dict.fromkeys(("h_ptr", "y_ptr"), of["BLOCK_P"] * of["BLOCK_C"])
-    )
+    tile = dict.fromkeys(("h_ptr", "y_ptr"), of["BLOCK_P"] * of["BLOCK_C"])
+    if dtype == "fp32":
+        # without tensor cores a thread holds few channels of the skips
+        tile |= dict.fromkeys(("skip_ptr", "skip2_ptr"), of["BLOCK_P"] * of["BLOCK_K"])
+    made = wide(plan, "h", "skip", "skip2", "y", tile=tile)
     # where nothing else wants y, Triton's AMD backend stores it as its matrix cores hold it, 4 elements together
-    bits = made.bits if stats or not made.bits else {**made.bits, "y_ptr": 4 * y.element_size() * 8}
-    yield dataclasses.replace(made, bits=bits)
+    together = {} if stats or not made.bits else {"y_ptr": 4 * y.element_size() * 8}
+    yield dataclasses.replace(made, of_amd=together)
 
 
 @op(

@@ -41,16 +41,17 @@ def _projection_kernel(
     skip_ptr, skip_stride_b, skip_stride_h, skip_stride_w, skip_stride_c,
     skip2_ptr, skip2_stride_b, skip2_stride_h, skip2_stride_w, skip2_stride_c,
     y_ptr, y_stride_b, y_stride_h, y_stride_w, y_stride_c,
-    weight_ptr, bias_ptr, bias_stride, stats_ptr, B, SKIP_ROWS, SKIP2_ROWS, K1, K2, HW, W, P, CHUNKS,
+    weight_ptr, bias_ptr, bias_stride, weight_bias_ptr, stats_ptr, B, SKIP_ROWS, SKIP2_ROWS, K1, K2, HW, W, P, CHUNKS,
     C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y = h + bias[c] + weight @ [skip, skip2]; stats[0], stats[1] = mean and M2 of the stored y, per channel and chunk
+    """y = h + bias[c] + weight @ [skip, skip2] + weight_bias[c]; stats[0], stats[1] = mean and M2 of the stored y, per
+    channel and chunk
 
     Layout:    h, y (B, C, H, W), skip (SKIP_ROWS, C1, H, W), skip2 (SKIP2_ROWS, C2, H, W) or None, strides in vectors;
                row b of y takes row b of skip, or b - SKIP_ROWS from there on, and so of skip2; weight (C, C1 + C2)
-               contiguous in their dtype, bias (C,); stats (2, B, CHUNKS, C) fp32 contiguous, chunk k the row-major
-               pixels [k P, min((k + 1) P, HW)). bias and stats may be None.
+               contiguous in their dtype, bias and weight_bias (C,); stats (2, B, CHUNKS, C) fp32 contiguous, chunk k
+               the row-major pixels [k P, min((k + 1) P, HW)). bias, weight_bias and stats may be None.
     Program:   (b, chunk, channel block), channel blocks fastest, so that those that read one chunk run together;
                BLOCK_P pixels at a time, BLOCK_K channels of skip and then of skip2 at a time
     Precision: products of fp16, bf16 or fp32 (no tf32) summed in fp32, then + bias + h, one rounding at the store;
@@ -71,6 +72,8 @@ def _projection_kernel(
         skip2_ptr += fed_by(n, SKIP2_ROWS) * skip2_stride_b * VEC
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c.to(tl.int64) * bias_stride, mask_c, 0.0).to(tl.float32)[None, :]
+    if weight_bias_ptr is not None:
+        weight_bias = tl.load(weight_bias_ptr + c, mask_c, 0.0).to(tl.float32)[None, :]
     if stats_ptr is not None:
         count = tl.zeros((), tl.float32)
         mean = tl.zeros((BLOCK_C,), tl.float32)
@@ -91,6 +94,8 @@ def _projection_kernel(
             )
         if bias_ptr is not None:
             product += bias
+        if weight_bias_ptr is not None:
+            product += weight_bias
         at = pixel_offset(p, W, h_stride_h, h_stride_w, FLAT, VEC)
         y = tl.load(addresses(h_ptr, at, c, h_stride_c), mask, 0.0).to(tl.float32) + product
         stored = y.to(y_ptr.dtype.element_ty)
@@ -138,10 +143,14 @@ def plan_projection(
     skip: Tensor,
     skip2: Tensor | None,
     weight: Tensor,
+    weight_bias: Tensor | None,
     y: Tensor,
     stats: Tensor | None,
 ) -> Plan:
-    """Writes y, and stats (2, B, CHUNKS, C) fp32 contiguous where it is given; weight (C, C1 + C2) contiguous"""
+    """Writes y, and stats (2, B, CHUNKS, C) fp32 contiguous where it is given
+
+    weight (C, C1 + C2) and weight_bias (C,) are contiguous.
+    """
     b, c, height, width = h.shape
     c1, c2 = skip.shape[1], 0 if skip2 is None else skip2.shape[1]
     pixels, vec = height * width, vector(h, skip, skip2, y)
@@ -159,7 +168,13 @@ def plan_projection(
             **address("skip2", skip2, vec),
             **address("y", y, vec),
             **{"weight_ptr": weight, "bias_ptr": bias, "bias_stride": None if bias is None else bias.stride(0)},
-            **{"stats_ptr": stats, "B": b, "SKIP_ROWS": len(skip), "SKIP2_ROWS": 0 if skip2 is None else len(skip2)},
+            **{
+                "weight_bias_ptr": weight_bias,
+                "stats_ptr": stats,
+                "B": b,
+                "SKIP_ROWS": len(skip),
+                "SKIP2_ROWS": 0 if skip2 is None else len(skip2),
+            },
             **{"K1": c1, "K2": c2, "HW": pixels, "W": width, "P": per_chunk, "CHUNKS": chunks},
         },
         constexprs={

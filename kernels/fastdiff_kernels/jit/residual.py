@@ -28,8 +28,8 @@ def _residual_kernel(
 
     Layout:    h, y (B, C, H, W), skip (SKIP_ROWS, C, H, W), (.., 2H, 2W) for "down" or (.., H/2, W/2) for "up",
                strides in vectors; row b of y takes row b of skip, or b - SKIP_ROWS from there on; bias (C,); stats
-               (2, B, CHUNKS, C) fp32 contiguous, chunk k the row-major pixels [k P, min((k + 1) P, HW)). bias and
-               stats may be None.
+               (2, B, CHUNKS, C) fp32 contiguous, chunk k the row-major pixels [k P, min((k + 1) P, HW)). bias,
+               skip and stats may be None.
     Program:   (b, chunk, channel block), channel blocks fastest; BLOCK_P pixels at a time
     Precision: any float in; fp32, one rounding at the store; statistics in fp32 by two passes over a tile in
                registers, tiles merged by Chan's formula
@@ -43,7 +43,8 @@ def _residual_kernel(
     c = (pid % BLOCKS_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
     h_ptr += n * h_stride_b * VEC
-    skip_ptr += fed_by(n, SKIP_ROWS) * skip_stride_b * VEC
+    if skip_ptr is not None:
+        skip_ptr += fed_by(n, SKIP_ROWS) * skip_stride_b * VEC
     y_ptr += n * y_stride_b * VEC
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + c.to(tl.int64) * bias_stride, mask_c, 0.0).to(tl.float32)[None, :]
@@ -60,7 +61,9 @@ def _residual_kernel(
         y = tl.load(addresses(h_ptr, at, c, h_stride_c), mask, 0.0).to(tl.float32)
         if bias_ptr is not None:
             y += bias
-        if RESAMPLE == "down":
+        if skip_ptr is None:
+            pass
+        elif RESAMPLE == "down":
             pooled = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             for q in tl.static_range(4):
                 at = grid_offset(p // W * 2 + q // 2, p % W * 2 + q % 2, skip_stride_h, skip_stride_w, VEC)
@@ -85,7 +88,7 @@ def _residual_kernel(
 
 
 def plan_residual(
-    h: Tensor, bias: Tensor | None, skip: Tensor, y: Tensor, stats: Tensor | None, resample: str | None
+    h: Tensor, bias: Tensor | None, skip: Tensor | None, y: Tensor, stats: Tensor | None, resample: str | None
 ) -> Plan:
     """Writes y, and stats (2, B, CHUNKS, C) fp32 contiguous where it is given, any number of chunks"""
     b, c, height, width = h.shape
@@ -94,7 +97,7 @@ def plan_residual(
     per_chunk, block_c = triton.cdiv(pixels, chunks), channel_block(c, chunks)
     # elements of a program, and of a thread: what no target spills, a narrow access taking registers for its address
     tile, held = (256, 2) if resample == "down" else (1024, 4)
-    if all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in (h, skip, y)):
+    if all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in (h, skip, y) if t is not None):
         if vec * h.element_size() == ALIGNMENT:
             tile, held = (2048, 16) if resample == "down" else (4096, 4 * vec)
         elif h.stride(3) == 1 and h.stride(1) * h.element_size() % ALIGNMENT == 0 and resample is None:
@@ -114,7 +117,14 @@ def plan_residual(
             **address("skip", skip, vec),
             **address("y", y, vec),
             **{"bias_ptr": bias, "bias_stride": None if bias is None else bias.stride(0), "stats_ptr": stats},
-            **{"B": b, "SKIP_ROWS": len(skip), "HW": pixels, "W": width, "P": per_chunk, "CHUNKS": chunks},
+            **{
+                "B": b,
+                "SKIP_ROWS": 0 if skip is None else len(skip),
+                "HW": pixels,
+                "W": width,
+                "P": per_chunk,
+                "CHUNKS": chunks,
+            },
         },
         constexprs={
             **{"C": c, "RESAMPLE": resample, "FLAT": flat(h, y, skip if resample is None else None), "VEC": vec},
