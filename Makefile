@@ -65,7 +65,7 @@ SHARDS ?= bench_sampler $(NETWORK_SHARDS) guided_step- q_sample- philox- residua
 gpu: gpu-tests gpu-bench
 
 CAPTURE = tests/kernels/test_capture.py
-TESTS ?= tests/test_gpu.py $(CAPTURE) $(filter-out $(CAPTURE),$(sort $(wildcard tests/kernels/test_*.py)))
+TESTS ?= tests/test_gpu.py tests/test_cuda_graph.py $(CAPTURE) $(filter-out $(CAPTURE),$(sort $(wildcard tests/kernels/test_*.py)))
 gpu-tests:
 	@status=0; for file in $(TESTS); do echo "$$file"; $(ON_GPU) pytest -q -m gpu "$$file" || status=1; done; exit $$status
 

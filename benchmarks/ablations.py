@@ -21,7 +21,7 @@ from fastdiff.diffusion_model import is_conditioned_apart
 from fastdiff.model import blocks
 from fastdiff.model import packed as packing
 
-# in the order in which the composition as it is published becomes fastdiff's
+# in the order in which one op at a time, in the network's dtype, becomes fastdiff's step
 LADDER: dict[str, str] = {
     "norm": "norm, modulation and SiLU in one op",
     "bias": "biases of convolutions added by what follows",

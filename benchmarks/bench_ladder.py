@@ -1,4 +1,4 @@
-"""The ladder: what each thing that fastdiff does is worth, from the composition as it is published to its own
+"""The ladder: what each thing that fastdiff does is worth, from its network with one op at a time to its own step
 
 A case is ladder-<network>-<device>-<dtype>-n<images>-w<w>, a row a rung, the rungs timed in turn; where w is 0, what
 the null half costs that is left out there. Rows are as in bench_networks.py.
@@ -18,6 +18,7 @@ from benchmarks import ablations, network_peers, networks
 from benchmarks.networks import STEPS, Call, Case, OnRow, Ours, Problem
 from benchmarks.observe import launches
 from benchmarks.versions import (
+    Exact,
     Version,
     as_benchmarked,
     facts_of,
@@ -51,8 +52,8 @@ def rung(problem: Problem, unet: nn.Module, missing: list[str], used: ablations.
     return call
 
 
-def rungs(problem: Problem, unet: nn.Module, exact: Tensor) -> dict[str, Version | str]:
-    """Versions by what was added last, from the composition as it is published; or why there is none
+def rungs(problem: Problem, unet: nn.Module, exact: Exact) -> dict[str, Version | str]:
+    """Versions by what was added last, from one op at a time; or why there is none
 
     Every one is checked to draw the exact images.
     """
@@ -66,7 +67,7 @@ def rungs(problem: Problem, unet: nn.Module, exact: Tensor) -> dict[str, Version
     names = list(ablations.LADDER)
     made: dict[str, Version | str] = {}
     used: ablations.Used = ablations.Counter()
-    for done, added in enumerate(["as published", *names]):
+    for done, added in enumerate(["one op at a time", *names]):
         if done and not used[added]:
             made[added] = "nothing of it to undo here"
             continue
@@ -82,9 +83,10 @@ def measure(case: Case, rounds: int, record: Recorder) -> None:
     problem = Problem(case)
     unet = networks.build(case.network)
     float32 = networks.placed(unet, problem, torch.float32, channels_last=False)
-    exact = network_peers.loop_over(problem, float32, torch.float32)().cpu()
+    images = network_peers.loop_over(problem, float32, torch.float32)()
     del float32
-    made = rungs(problem, networks.placed(unet, problem, channels_last=True), exact)
+    unet = networks.placed(unet, problem, channels_last=True)
+    made = rungs(problem, unet, Exact(images, network_peers.loop_over(problem, unet)()))
     versions = {name: version for name, version in made.items() if isinstance(version, Version)}
     take_turns(versions, problem.device, rounds)
     # --resume asks for the last rung

@@ -21,6 +21,7 @@ from benchmarks import networks
 from benchmarks.networks import STEPS, Case, Network, Ours, Problem
 from benchmarks.observe import energy, launches, limit, why
 from benchmarks.versions import (
+    Exact,
     as_benchmarked,
     facts_of,
     leave_out,
@@ -61,9 +62,10 @@ def measure(case: Case, chosen: list[str] | None, rounds: int, record: Recorder)
     errors = networks.check_networks(problem, unet, in_dtype if theirs is not None else None)
     # by hand, and with the other network where there is one
     float32 = networks.placed(unet, problem, torch.float32, channels_last=False)
-    exact = peers.loop_over(problem, float32 if theirs is None else in_dtype(torch.float32), torch.float32)().cpu()
+    images = peers.loop_over(problem, float32 if theirs is None else in_dtype(torch.float32), torch.float32)().cpu()
     del float32
     unet = networks.placed(unet, problem, channels_last=True)
+    exact = Exact(images, peers.loop_over(problem, unet)())
     weights = networks.bytes_of(unet)
 
     mine = started(lambda: Ours(problem, unet), problem, exact, weights)
@@ -87,10 +89,11 @@ def measure(case: Case, chosen: list[str] | None, rounds: int, record: Recorder)
     take_turns(versions, problem.device, rounds)
 
     for name, reason in failed.items():
-        record.row(provider=name, **facts_of(problem, "network"), absent=reason)
+        record.row(provider=name, **facts_of(problem, "network"), whole=chosen is None, absent=reason)
     # --resume asks for the row of "fastdiff", which comes last
     for name, version in reversed(versions.items()):
         row: dict[str, Any] = facts_of(problem, "network", version) | (errors if name == "fastdiff" else {})
+        row["whole"] = chosen is None
         if case.device == "cuda":
             row |= launches(version.call, STEPS) | energy(version.call, case.images)
         record(partial(sampled, version, problem), provider=name, times=version.times, **row)
@@ -100,7 +103,7 @@ def measure(case: Case, chosen: list[str] | None, rounds: int, record: Recorder)
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("case", parametrised(CPU_CASES, GPU_CASES, "network"))
 def test_network(case: Case, device: torch.device, record: Recorder, pytestconfig: pytest.Config) -> None:
-    leave_out(case, device, record, id=f"network-{case.id}", provider="fastdiff")
     chosen = pytestconfig.getoption("--providers")
+    leave_out(case, device, record, id=f"network-{case.id}", provider="fastdiff", whole=chosen is None)
     with as_benchmarked(device):
         measure(case, None if chosen is None else chosen.split(","), pytestconfig.getoption("--rounds"), record)

@@ -307,6 +307,7 @@ def row_of(network: Any, image_shape: tuple[int, int, int], n: int, m: int, dtyp
         null_unlabelled=False,
         device=torch.device("meta"),
         dtype=dtype,
+        null_dtype=None,
         state_dtype=torch.float32,
     )
     with torch.no_grad(), _no_autocast():

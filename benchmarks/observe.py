@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,17 +42,6 @@ def limit(seconds: float) -> Iterator[None]:
 def why(error: BaseException) -> str:
     """One line for a row's `absent`"""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def allocated_on_host(run: Run) -> int | None:
-    """Most bytes that torch's CPU allocator held at a time beyond what it held before; oneDNN's own are not seen"""
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        run()
-    found = profiler.kineto_results
-    if found is None:
-        return None
-    changes = sorted((e.start_ns(), e.nbytes()) for e in found.events() if e.name() == "[memory]")
-    return max(accumulate((size for _, size in changes), initial=0))
 
 
 class DeviceMemory:
@@ -115,16 +103,21 @@ def _meter() -> tuple[Callable[[float], float | None], str]:
     except ImportError:
         return _sampled()
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid())
     start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     return lambda _: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1e3, "NVML's counter"
+
+
+def _uuid() -> str:
+    """Of the current GPU: what NVML counts knows nothing of CUDA_VISIBLE_DEVICES"""
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
 
 
 def _sampled() -> tuple[Callable[[float], float | None], str]:
     command = shutil.which("nvidia-smi")
     if command is None:
         raise FileNotFoundError("neither nvidia-ml-py nor nvidia-smi")
-    query = [command, "--query-gpu=power.draw", "--format=csv,noheader,nounits", f"--id={torch.cuda.current_device()}"]
+    query = [command, "--query-gpu=power.draw", "--format=csv,noheader,nounits", f"--id={_uuid()}"]
     process = subprocess.Popen([*query, "-lms", "100"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def stop(seconds: float) -> float | None:

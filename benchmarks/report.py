@@ -45,7 +45,7 @@ def latest(rows: Iterable[Row], case: str) -> dict[tuple[str, str], list[Row]]:
     """Rows of the last whole run by (id, device): those that were timed in turn; rehearsals left out"""
     runs: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
-        if row.get("case") == case and row["network"] != "toy":
+        if row.get("case") == case and row["network"] != "toy" and row.get("whole", True):
             runs.setdefault((row["id"], row["device"]), {}).setdefault(row["when"], []).append(row)
     found = {}
     for key, of in runs.items():

@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.networks import STEPS, Call, Case, Problem
-from benchmarks.observe import DeviceMemory, allocated_on_host
+from benchmarks.observe import DeviceMemory
 from benchmarks.timing import percentiles
 from fastdiff.evaluation.results import Row
 
@@ -23,10 +22,11 @@ if TYPE_CHECKING:
     from benchmarks.conftest import Recorder
 
 # a case ends within ten minutes, but for one round at least
-MAX_ROUNDS = {"cpu": 3, "cuda": 50}
+MAX_ROUNDS = {"cpu": 5, "cuda": 50}
 ROUNDS_S = {"cpu": 345.0, "cuda": 120.0}
-# of images in [-1, 1] against float32: largest difference in float32, mean in half precision
-TOLERANCE, MEAN_TOLERANCE = 1e-2, 0.1
+# of images in [-1, 1] against float32: largest difference in float32; in half precision the mean difference is held to
+# so many times that of a loop by hand in that dtype, as most pixels are clipped and even wrong images lie near
+TOLERANCE, HALF_TOLERANCE = 1e-2, 2.0
 
 
 @dataclasses.dataclass
@@ -41,21 +41,18 @@ class Version:
     calls: list[float] = dataclasses.field(default_factory=list)
 
 
-def timed(call: Call, device: torch.device) -> tuple[Tensor, float, list[float]]:
-    """Images, ms of the call, and ms of each of its steps, on a GPU their mean"""
+def timed(call: Call, device: torch.device) -> tuple[Tensor, float]:
+    """Images, and ms of the call with all that it does before and after its steps"""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         images = call()
         end.record()
         end.synchronize()
-        elapsed = start.elapsed_time(end)
-        return images, elapsed, [elapsed / STEPS]
-    stamps = [time.perf_counter()]
-    images = call(lambda: stamps.append(time.perf_counter()))
-    milliseconds = [1e3 * (b - a) for a, b in pairwise(stamps)]
-    assert len(milliseconds) == STEPS, len(milliseconds)
-    return images, 1e3 * (time.perf_counter() - stamps[0]), milliseconds
+        return images, start.elapsed_time(end)
+    began = time.perf_counter()
+    images = call()
+    return images, 1e3 * (time.perf_counter() - began)
 
 
 class _Enough(Exception):
@@ -78,33 +75,42 @@ def sampled(version: Version, problem: Problem) -> None:
         one_step(version.call)
 
 
-def check_images(images: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """Mean difference from the images in float32; AssertionError where it is more than rounding"""
-    difference = (images.double().cpu() - exact.double()).abs()
-    mean, largest = float(difference.mean()), float(difference.max())
-    if dtype == torch.float32:
-        assert largest <= TOLERANCE, (largest, mean)
-    else:
-        # a clipped pixel may fall to the other side, so the largest says nothing
-        assert mean <= MEAN_TOLERANCE, (largest, mean)
-    return mean
+class Exact:
+    """What all versions of a case must draw: images in float32, and how far a loop by hand in its dtype is from them"""
+
+    def __init__(self, images: Tensor, in_dtype: Tensor) -> None:
+        self.images = images.double().cpu()
+        self.rounding = self._difference(in_dtype)[0]
+
+    def _difference(self, images: Tensor) -> tuple[float, float]:
+        difference = (images.double().cpu() - self.images).abs()
+        return float(difference.mean()), float(difference.max())
+
+    def check(self, images: Tensor, dtype: torch.dtype) -> float:
+        """Mean difference; AssertionError where it is more than rounding"""
+        mean, largest = self._difference(images)
+        if dtype == torch.float32:
+            assert largest <= TOLERANCE, (largest, mean)
+        else:
+            # a clipped pixel may fall to the other side, so the largest says nothing
+            assert mean <= HALF_TOLERANCE * self.rounding, (mean, self.rounding)
+        return mean
 
 
-def started(make: Callable[[], Call], problem: Problem, exact: Tensor, weights: int) -> Version:
+def started(make: Callable[[], Call], problem: Problem, exact: Exact, weights: int) -> Version:
     """Makes a version and draws its first images, which must be `exact`; weights: bytes that it uses, made before"""
     device = problem.device
     with DeviceMemory() if device.type == "cuda" else contextlib.nullcontext() as memory:
         start = time.perf_counter()
         call = make()
-        images, _, _ = timed(call, device)
+        images, _ = timed(call, device)
         first_s = time.perf_counter() - start
-    error = check_images(images, exact, problem.dtype)
+    error = exact.check(images, problem.dtype)
     if isinstance(memory, DeviceMemory):
         held: Row = {"peak_memory_bytes": memory.peak + weights, "reserved_bytes": memory.reserved + weights}
         return Version(call, error, first_s, held)
-    activations = allocated_on_host(lambda: one_step(call))
-    held = {"peak_memory_bytes": None if activations is None else activations + weights}
-    return Version(call, error, first_s, held)
+    # what libraries and packed weights take on a CPU, torch does not count
+    return Version(call, error, first_s, {"peak_memory_bytes": None})
 
 
 def take_turns(versions: Mapping[str, Version], device: torch.device, rounds: int) -> None:
@@ -116,8 +122,8 @@ def take_turns(versions: Mapping[str, Version], device: torch.device, rounds: in
             break
         last = now
         for version in versions.values():
-            _, call_ms, rows = timed(version.call, device)
-            version.times += rows
+            _, call_ms = timed(version.call, device)
+            version.times.append(call_ms / STEPS)
             version.calls.append(call_ms)
 
 
@@ -132,15 +138,17 @@ def facts_of(problem: Problem, kind: str, version: Version | None = None) -> Row
         call_ms = percentiles(version.calls)[1]
         row |= {"call_p50_ms": call_ms, "images_per_s": 1e3 * case.images / call_ms, "calls": len(version.calls)}
         row |= {"first_s": version.first_s, "setup_s": max(0.0, version.first_s - call_ms / 1e3)}
-        row |= {"mean_error": version.error, "timed": "call" if case.device == "cuda" else "step", **version.memory}
+        row |= {"mean_error": version.error, "timed": "call", **version.memory}
     return row
 
 
 @contextlib.contextmanager
 def as_benchmarked(device: torch.device) -> Iterator[None]:
-    """float32 is float32 on both sides, and nothing of an earlier case is left"""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    """float32 is float32 on both sides, cuDNN tries its algorithms, and nothing of an earlier case is left"""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    # max-autotune chooses its convolutions, so all may
+    torch.backends.cudnn.benchmark = True
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -149,7 +157,7 @@ def as_benchmarked(device: torch.device) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
 def parametrised(cpu: list[Case], gpu: list[Case], kind: str) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["GraphedStep", "NotCapturable"]
+__all__ = ["GraphedStep", "NotCapturable", "Pool"]
 
 aten = torch.ops.aten
 # what waits for the device to look at its data
@@ -20,11 +20,18 @@ READS = (
     *(aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select),
     *(aten._unique2, aten.unique_consecutive, aten.unique_dim),
 )
-POISON = -(2**62)
 
 
 class NotCapturable(RuntimeError):
     """The function does something that a graph cannot hold"""
+
+
+class Pool:
+    """Memory that graphs share which never run at once; all are captured on its stream, or they would not share it"""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self.handle, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
 
 class _Watched(TorchDispatchMode):
@@ -40,16 +47,28 @@ class _Watched(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         mine = any(tensor.device == self.device for tensor in tensors)
-        masked = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+        op = getattr(func, "overloadpacket", None)
+        masked = op in (aten.index, aten.index_put, aten.index_put_) and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if mine and (masked or func.overloadpacket in READS):
+        if mine and (masked or op in READS):
             raise NotCapturable(f"{func} reads the device's data on the host")
-        if func.overloadpacket in (aten._to_copy, aten.copy_):
+        if op in (aten._to_copy, aten.copy_):
             between = {tensor.device for tensor in (*tensors, out)}
             if self.device in between and len(between) > 1:
                 raise NotCapturable(f"{func} moves data between {' and '.join(sorted(map(str, between)))}")
         return out
+
+
+def _watch(step: Callable[[], None], device: torch.device) -> None:
+    try:
+        with _Watched(device):
+            step()
+    except (NotCapturable, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        # some operators refuse any mode around them; an error of the step's own comes again
+        step()
 
 
 class GraphedStep:
@@ -58,53 +77,58 @@ class GraphedStep:
     step: reads and writes tensors only that outlive this object, or that it makes itself; nothing of it runs on the
         host at a replay.
     static: the tensors through which callers and replays speak. They are zero while step is warmed up, and poison
-        afterwards (NaN, or an index of nothing): fill all of them before the first replay.
-    pool: memory pool of graphs that never run at once; default: one of its own.
-    warmups: calls before the capture, for what libraries choose and Triton compiles at a first call.
+        afterwards (NaN, or the least integer): fill all of them before the first replay.
+    pool: of graphs that never run at once; default: one of its own.
+    warmups: calls before the capture, for what libraries choose and Triton compiles at a first call; one on a CPU.
 
-    Raises NotCapturable, and lets torch.OutOfMemoryError pass; after either nothing is held.
+    Raises NotCapturable, and lets torch.OutOfMemoryError pass; after either nothing is held. ValueError without static
+    tensors.
     """
 
     def __init__(
-        self, step: Callable[[], None], static: Iterable[torch.Tensor], *, pool: Any = None, warmups: int = 2
+        self, step: Callable[[], None], static: Iterable[torch.Tensor], *, pool: Pool | None = None, warmups: int = 2
     ) -> None:
         static = list(static)
+        if not static:
+            raise ValueError("static must hold at least one tensor, got none: a replay would have no effect")
         device = static[0].device
         for tensor in static:
             tensor.zero_()
         if device.type == "cuda":
-            self._replay = _capture(step, device, pool, warmups)
+            self._replay = _capture(step, pool or Pool(device), device, warmups)
         else:
-            with _Watched(device):
-                step()
+            _watch(step, device)
             self._replay = step
         for tensor in static:
-            tensor.fill_(float("nan") if tensor.is_floating_point() else POISON)
+            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
 
     def __call__(self) -> None:
         self._replay()
 
 
-def _capture(step: Callable[[], None], device: torch.device, pool: Any, warmups: int) -> Callable[[], None]:
+def _capture(step: Callable[[], None], pool: Pool, device: torch.device, warmups: int) -> Callable[[], None]:
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            with _Watched(device):
-                step()
-            for _ in range(warmups - 1):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        caller, side = torch.cuda.current_stream(), pool.stream
+        side.wait_stream(caller)
         try:
+            with torch.cuda.stream(side):
+                _watch(step, device)
+                for _ in range(warmups - 1):
+                    step()
+            graph = torch.cuda.CUDAGraph()
             # other threads may go on using the device
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"):
                 step()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, NotCapturable):
             raise
         except RuntimeError as error:
-            # ending a capture that ran out of memory fails, too
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
-            raise NotCapturable(str(error).splitlines()[0]) from error
+            # ending a capture that has failed fails, too, and says less
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise NotCapturable(f"{cause}".splitlines()[0]) from error
+        finally:
+            # after a failed capture torch leaves its own stream behind
+            torch.cuda.set_stream(caller)
+            caller.wait_stream(side)
     return graph.replay

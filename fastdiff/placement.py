@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
+from types import CellType, FunctionType, MethodType, ModuleType, NoneType
 
 import torch
 
@@ -83,39 +85,83 @@ def dtype_of(model: DiffusionModel) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def placed(network: Network, device: torch.device, dtype: torch.dtype | None, reuse: Network | None = None) -> Network:
-    """The network itself where it fits device and dtype already, else a converted copy; functions are left alone.
+def fits(network: torch.nn.Module, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether all of it lies on device in dtype; None leaves every parameter's own.
 
-    dtype: None leaves every parameter's own. reuse: an earlier copy, into whose memory the weights of today go.
     On a GPU the weights of a network of our protocol are channels_last, too, or each step would convert them.
     """
-    if not isinstance(network, torch.nn.Module):
-        return network
-    tensors = [*network.parameters(), *network.buffers()]
-    layout = torch.channels_last if device.type == "cuda" and is_conditioned_apart(network) else None
-    if all(
+    layout = _layout(network, device)
+    return all(
         p.device == device
         and (dtype in (None, p.dtype) or not p.is_floating_point())
         and (layout is None or p.ndim != 4 or p.is_contiguous(memory_format=layout))
-        for p in tensors
-    ):
+        for p in (*network.parameters(), *network.buffers())
+    )
+
+
+def _layout(network: torch.nn.Module, device: torch.device) -> torch.memory_format | None:
+    return torch.channels_last if device.type == "cuda" and is_conditioned_apart(network) else None
+
+
+def placed(
+    network: torch.nn.Module, device: torch.device, dtype: torch.dtype | None, reuse: Network | None = None
+) -> torch.nn.Module:
+    """The network itself where it fits already, else a converted copy.
+
+    reuse: an earlier copy of the same modules, into whose memory the weights of today go.
+    """
+    if fits(network, device, dtype):
         return network
+    tensors = [*network.parameters(), *network.buffers()]
     if isinstance(reuse, torch.nn.Module):
         old = [*reuse.parameters(), *reuse.buffers()]
         if [p.shape for p in old] == [p.shape for p in tensors]:
             for mine, now in zip(old, tensors, strict=True):
                 mine.copy_(now)
             return reuse
-    converted = copy.deepcopy(network).to(device, dtype)
+    converted, layout = copy.deepcopy(network).to(device, dtype), _layout(network, device)
     return converted if layout is None else converted.to(memory_format=layout)  # type: ignore[call-overload]
 
 
-def addresses(network: Network) -> list[tuple[object, ...]]:
-    """Where a network's parameters and buffers lie and how: what graphs hold of them; of a function itself."""
-    if not isinstance(network, torch.nn.Module):
-        return [(id(network),)]
-    tensors = [*network.parameters(), *network.buffers()]
-    return [(id(network),), *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)]
+def addresses(network: Network) -> Hashable:
+    """What a graph holds of a network: which modules, and where their parameters and buffers lie and how.
+
+    Of a function: of the modules that it, what it is a part of, or what it closes over refers to.
+    """
+    found = []
+    for module in _modules_in(network, depth=3):
+        tensors = [*module.parameters(), *module.buffers()]
+        found.append((structure(module), *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)))
+    return id(network), tuple(found)
+
+
+def _modules_in(value: object, depth: int) -> list[torch.nn.Module]:
+    if isinstance(value, torch.nn.Module):
+        return [value]
+    if depth == 0 or isinstance(value, type | ModuleType | torch.Tensor | str | bytes):
+        return []
+    parts: list[object] = []
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, MethodType):
+        parts = [value.__self__]
+    elif isinstance(value, FunctionType):
+        names = (value.__globals__.get(name) for name in value.__code__.co_names)
+        parts = [*(cell.cell_contents for cell in value.__closure__ or () if _filled(cell)), *names]
+    elif isinstance(value, Mapping):
+        parts = [*value.values()]
+    elif isinstance(value, list | tuple):
+        parts = [*value]
+    elif hasattr(value, "__dict__"):
+        parts = [*vars(value).values()]
+    return [module for part in parts for module in _modules_in(part, depth - 1)]
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 class Placed:
@@ -126,36 +172,67 @@ class Placed:
         self._source: Network | None = None
         self._copy: Network | None = None  # or the network itself
         self._packed: Network | None = None
-        self._seen: Hashable = None
+        self._modules: Hashable = None
+        self._weights: Hashable = None
 
     @contextlib.contextmanager
     def current(self, network: Network) -> Iterator[Network]:
         """The network that runs, in eval mode"""
-        seen = fingerprint(network) if isinstance(network, torch.nn.Module) else None
         if network is not self._source:
-            self._source, self._copy, self._seen = network, None, None
-        # weights elsewhere than on a CPU are not looked at
-        if self._copy is None or seen != self._seen or device_of_network(network).type != "cpu":
-            reuse = None if self._copy is network else self._copy
-            self._copy, self._packed = placed(network, self.device, self.dtype, reuse), None
-            self._seen = seen
+            self._source, self._copy, self._packed, self._modules, self._weights = network, None, None, None, None
+        pack = getattr(network, "packed", None) if is_conditioned_apart(network) else None
+        packs = self.device.type == "cpu" and callable(pack)
+        if not isinstance(network, torch.nn.Module) or (not packs and fits(network, self.device, self.dtype)):
+            self._copy = self._packed = network
+        else:
+            self._follow(network)
+        assert self._copy is not None
         with eval_mode(self._copy):
             if self._packed is None:
-                self._packed = self._copy
-                pack = getattr(self._copy, "packed", None)
-                if self.device.type == "cpu" and is_conditioned_apart(network) and callable(pack):
-                    self._packed = pack()
+                self._packed = self._copy.packed() if packs else self._copy  # type: ignore[attr-defined]
             yield self._packed
+
+    def _follow(self, network: torch.nn.Module) -> None:
+        """Brings the copy up to date, and gives up a packed form that no longer is"""
+        modules, weights = structure(network), fingerprint(network)
+        if modules != self._modules:
+            self._copy = None
+        # weights elsewhere than on a CPU are not looked at
+        if self._copy is None or weights != self._weights or device_of_network(network).type != "cpu":
+            self._copy = placed(network, self.device, self.dtype, None if self._copy is network else self._copy)
+            self._packed = None
+        self._modules, self._weights = modules, weights
+
+
+def structure(network: torch.nn.Module) -> Hashable:
+    """Equal for two calls only where no submodule, hook, forward or plain attribute has been replaced in between"""
+    return tuple((name, id(module), type(module), *_attributes(module)) for name, module in network.named_modules())
+
+
+def _attributes(module: torch.nn.Module) -> Iterator[Hashable]:
+    own = vars(module)
+    yield own.get("forward")
+    yield from (len(own[hooks]) for hooks in _HOOKS)
+    # the mode is the sampler's to set
+    plain = (bool, int, float, str, tuple, NoneType)
+    yield from ((k, v) for k, v in own.items() if isinstance(v, plain) and k != "training" and _is_hashable(v))
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def fingerprint(network: torch.nn.Module) -> Hashable:
-    """Equal for two calls only where no parameter, buffer or hook has changed in between, but for a collision
+    """Equal for two calls only where no parameter or buffer has changed in between, but for a collision
 
     On a CPU every weight is read once, so that writes without a trace in a version counter are seen: p.data.copy_.
     """
-    modules = tuple((type(m), *(len(vars(m)[hooks]) for hooks in _HOOKS)) for m in network.modules())
     tensors = [*network.named_parameters(), *network.named_buffers()]
-    return (modules, *((name, *_identity(tensor), _checksum(tensor)) for name, tensor in tensors))
+    return tuple((name, *_identity(tensor), _checksum(tensor)) for name, tensor in tensors)
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Hashable, ...]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fastdiff.checkpoint import load
-from fastdiff.cuda_graph import NotCapturable
+from fastdiff.cuda_graph import NotCapturable, Pool
 from fastdiff.diffusion_model import DiffusionModel, Network
 from fastdiff.guidance import (
     GuidancePlan,
@@ -143,9 +143,7 @@ class Sampler:
             loaded = model.network
         self.model = model
         self._convert_to = dtype or preferred_dtype(model, self.device)
-        self.dtype = self._convert_to or dtype_of(model)
-        if self.dtype == torch.float64 and self.device.type != "cpu":
-            raise ValueError(f"dtype=torch.float64 runs on the CPU only, got device {self.device}")
+        self._set_dtype()
         if graph is True and not self._can_capture():
             raise ValueError(f"graph=True needs a CUDA device, got {self.device}; use graph='auto'")
         self._graph = graph
@@ -154,14 +152,13 @@ class Sampler:
             loaded.to(self.device)  # once all of the above was right
         self._placed = [Placed(self.device, self._convert_to) for _ in range(2)]
         self._running: list[Network] = []
-        self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.batch_size = batch_size
         self.check_finite = check_finite
         # those used last at the end
         self._steps: OrderedDict[Shape, Step] = OrderedDict()
         self._weights: object = None
         self._graphing = graph is not False and self._can_capture()
-        self._pool: Any = None
+        self._pool: Pool | None = None
         self._done: torch.cuda.Event | None = None
         self._lock = threading.Lock()
         self._sampling: int | None = None  # the thread that holds the lock
@@ -189,6 +186,13 @@ class Sampler:
     @property
     def table(self) -> StepTable:
         return self._tabled.table
+
+    def _set_dtype(self) -> None:
+        """Of the network's input and, where it is float64, of the state; a foreign network has its owner's"""
+        self.dtype = self._convert_to or dtype_of(self.model)
+        if self.dtype == torch.float64 and self.device.type != "cpu":
+            raise ValueError(f"dtype=torch.float64 runs on the CPU only, got device {self.device}")
+        self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def _can_capture(self) -> bool:
         return self.device.type == "cuda"
@@ -250,13 +254,15 @@ class Sampler:
                     step = self._step(tabled, batch.plan, size, noise is not None, callback is not None)
                     images[batch.part] = self._run(step, tabled, batch, bar, callback)
                 return images
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 images = step = None  # type: ignore[assignment]
-                why = str(error).splitlines()[0]
+                why = str(error).splitlines()[0] if str(error) else "out of memory"
             # out here nothing of the attempt is held
             self._release()
-            most = max(batches, key=lambda batch: batch.plan.M).plan
-            fits = self._largest_that_fits(tabled, most, size, noise is not None, callback is not None)
+            guided = sum(batch.plan.M for batch in batches)
+            fits = self._largest_that_fits(tabled, shape, size, guided, noise is not None, callback is not None)
             remedy = f"batch_size={fits} fits" if fits else "not even one image fits"
             raise OutOfMemoryError(f"batch_size: {size} images at a time do not fit in memory, {remedy}: {why}", fits)
 
@@ -266,7 +272,13 @@ class Sampler:
         if self._sampling == threading.get_ident():
             raise RuntimeError("this sampler is sampling already; a callback or network needs a Sampler of its own")
         # buffers outlive the call, and an inference tensor could not be written to outside inference mode
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        # and the dtype is the sampler's to choose, not an autocast's around the call
+        with (
+            self._lock,
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             self._sampling = threading.get_ident()
             try:
                 # the caller before may have used another stream
@@ -275,7 +287,11 @@ class Sampler:
                 yield
             finally:
                 if self.device.type == "cuda":
-                    self._done = torch.cuda.current_stream(self.device).record_event()
+                    stream = torch.cuda.current_stream(self.device)
+                    self._done = stream.record_event()
+                    # buffers go back to the stream that they were made on, which knows nothing of others
+                    if any(step.stream != stream for step in self._steps.values()):
+                        self._done.synchronize()
                 self._sampling = None
 
     @contextlib.contextmanager
@@ -286,8 +302,9 @@ class Sampler:
         with contextlib.ExitStack() as stack:
             pairs = zip(self._placed, sources, strict=False)
             self._running = [stack.enter_context(place.current(network)) for place, network in pairs]
+            self._set_dtype()
             # graphs hold addresses, and would go on reading memory that others own by now
-            weights = [addresses(network) for network in self._running]
+            weights = [self.dtype, *map(addresses, self._running)]
             if weights != self._weights:
                 self._release()
                 self._weights = weights
@@ -295,10 +312,14 @@ class Sampler:
 
     def _release(self) -> None:
         """Drops every buffer and graph"""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         self._steps.clear()
         self._pool = None
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            # after a failed capture older versions of torch keep it open and refuse
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
     def _step(self, tabled: _Tabled, plan: GuidancePlan, size: int, has_noise: bool, wants_x0: bool) -> Step:
         """Buffers for a batch, with their graphs where there can be any
@@ -327,7 +348,7 @@ class Sampler:
             step = Step(self._networks(), shape)
         if self._graphing:
             if self._pool is None and self.device.type == "cuda":
-                self._pool = torch.cuda.graph_pool_handle()
+                self._pool = Pool(self.device)
             for live in {m if guided else 0 for guided in tabled.guided}:
                 step.capture(live, self._pool)
         self._steps[shape] = step
@@ -335,6 +356,9 @@ class Sampler:
 
     def _networks(self) -> Networks:
         model = self.model
+        null_dtype = None
+        if model.null_model is not None and isinstance(model.null_model.network, torch.nn.Module):
+            null_dtype = self._convert_to or dtype_of(model.null_model)
         return Networks(
             network=self._running[0],
             null_network=None if model.null_model is None else self._running[1],
@@ -344,38 +368,50 @@ class Sampler:
             null_unlabelled=model.null_model is not None and model.null_model.num_classes is None,
             device=self.device,
             dtype=self.dtype,
+            null_dtype=null_dtype,
             state_dtype=self._state_dtype,
         )
 
     def _largest_that_fits(
-        self, tabled: _Tabled, plan: GuidancePlan, size: int, has_noise: bool, wants_x0: bool
+        self, tabled: _Tabled, shape: tuple[int, ...], size: int, guided: int, has_noise: bool, wants_x0: bool
     ) -> int:
-        """The largest of size / 2, size / 4, ... images of which a row can be run, or 0"""
+        """The largest of size / 2, size / 4, ... images of which a row can be run beside all results, or 0
+
+        guided: images of the call that have a null row; any of them may meet in a batch.
+        """
         while size > 1:
             size //= 2
-            # the guided come first
-            part = GuidancePlan(plan.order[:size], None if plan.y is None else plan.y[:size], plan.w[:size])
             try:
-                self._try_row(self._step(tabled, part, size, has_noise, wants_x0))
+                self._try_row(tabled, shape, size, min(size, guided), has_noise, wants_x0)
                 return size
-            except torch.OutOfMemoryError:
-                continue
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
             finally:
                 self._release()
         return 0
 
-    def _try_row(self, step: Step) -> None:
-        if not step.graphs:
-            step.run(step.shape.m)
+    def _try_row(
+        self, tabled: _Tabled, shape: tuple[int, ...], n: int, m: int, has_noise: bool, wants_x0: bool
+    ) -> None:
+        images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
+        order = torch.arange(n)
+        y = None if self.model.num_classes is None else torch.zeros_like(order)
+        plan = GuidancePlan(order, y, (order < m).double())
+        step = self._step(tabled, plan, n, has_noise, wants_x0)
+        step.fill(tabled.table, plan, Randomness(torch.zeros_like(order), None, None))
+        step(step.shape.m)
+        del images
 
     def _run(self, step: Step, tabled: _Tabled, batch: _Batch, bar: Any, callback: Callback) -> torch.Tensor:
         """One batch, from x_T to images, in the caller's order"""
         plan, (table, guided) = batch.plan, tabled
         step.fill(table, plan, batch.randomness)
-        inverse = plan.inverse.to(self.device)
+        order, inverse = plan.order.to(self.device), plan.inverse.to(self.device)
         for row in range(len(table)):
             if step.noise is not None and batch.randomness.noise is not None and table.c_noise[row] != 0:
-                step.noise[: plan.N].copy_(batch.randomness.noise(row)[plan.order])
+                given = batch.randomness.noise(row)
+                step.noise[: plan.N].copy_(given[order if given.device == order.device else plan.order])
             step(step.shape.m if guided[row] else 0)
             bar.update()
             if self.check_finite:
@@ -445,6 +481,11 @@ def sample(
     return sampler(
         labels, w, num_images=num_images, seed=seed, x_T=x_T, noise=noise, progress=progress, callback=callback
     )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also a CPU's, which has no type of its own"""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_row(x: torch.Tensor, table: StepTable, row: int, start: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.cuda_graph import GraphedStep
+from fastdiff.cuda_graph import GraphedStep, Pool
 from fastdiff.diffusion_model import Network, is_conditioned_apart
 from fastdiff.guidance import GuidancePlan
 from fastdiff.solvers import StepTable
@@ -57,7 +57,7 @@ class Networks:
     """What a step evaluates: a network, and whose output guidance leads away from, where that is another's
 
     image_shape: (C, H, W). null_label: of the network, where null rows are its own; null_unlabelled: whether the other
-    takes y=None. dtype: of the network's input; state_dtype: float32 or float64.
+    takes y=None. dtype, null_dtype: of the networks' inputs; state_dtype: float32 or float64.
     """
 
     network: Network
@@ -68,6 +68,7 @@ class Networks:
     null_unlabelled: bool
     device: torch.device
     dtype: torch.dtype
+    null_dtype: torch.dtype | None
     state_dtype: torch.dtype
 
 
@@ -85,8 +86,12 @@ class _Plain:
 
     shares_x = False
 
-    def __init__(self, network: Network, rows: int, has_labels: bool, device: torch.device) -> None:
+    def __init__(
+        self, network: Network, rows: int, has_labels: bool, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        """dtype: of its input, where that is not x's own"""
         self.network = network
+        self.dtype = dtype
         self.has_labels = has_labels
         self.y = torch.zeros(rows, dtype=torch.int64, device=device) if has_labels else None
 
@@ -98,7 +103,8 @@ class _Plain:
             self.y.copy_(y)
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, draw: torch.Tensor, live: int) -> torch.Tensor:
-        return self.network(x[:live], t[:live], None if self.y is None else self.y[:live])
+        x = x[:live] if self.dtype is None else x[:live].to(self.dtype)
+        return self.network(x, t[:live], None if self.y is None else self.y[:live])
 
 
 class _Hoisted:
@@ -152,16 +158,17 @@ class Step:
             layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
             return torch.zeros(size, dtype=dtype, device=device).contiguous(memory_format=layout)
 
-        def part(network: Network, rows: int, has_labels: bool) -> _Plain | _Hoisted:
+        def part(network: Network, rows: int, has_labels: bool, dtype: torch.dtype | None = None) -> _Plain | _Hoisted:
             if is_conditioned_apart(network):
                 return _Hoisted(network, rows, shape.capacity, has_labels, device)
-            return _Plain(network, rows, has_labels, device)
+            return _Plain(network, rows, has_labels, device, dtype)
 
         apart = networks.null_network is not None
         self.part = part(networks.network, n if apart else n + m, networks.has_labels)
         self.null_part = None
         if networks.null_network is not None and m:
-            self.null_part = part(networks.null_network, m, networks.has_labels and not networks.null_unlabelled)
+            labelled = networks.has_labels and not networks.null_unlabelled
+            self.null_part = part(networks.null_network, m, labelled, networks.null_dtype)
         self.table = new(shape.capacity, len(COEFS))
         self.times = new(shape.capacity)
         self.counter = new(1, dtype=torch.int64)
@@ -177,6 +184,8 @@ class Step:
         self.x_net = new(doubled, *image, dtype=networks.dtype)
         self.t = new(doubled)
         self.graphs: dict[int, GraphedStep] = {}
+        # what was allocated here goes back to this stream
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def static(self) -> Iterator[torch.Tensor]:
         """Every tensor through which calls, rows and replays speak"""
@@ -187,7 +196,7 @@ class Step:
             if part is not None:
                 yield from part.static()
 
-    def capture(self, m: int, pool: Any) -> None:
+    def capture(self, m: int, pool: Pool | None) -> None:
         """A graph of a row with m null rows; fill comes after"""
         if m not in self.graphs:
             self.graphs[m] = GraphedStep(lambda: self.run(m), self.static(), pool=pool)
@@ -264,10 +273,7 @@ class Step:
     def _checked(self, out: Any, live: int, learned: bool) -> torch.Tensor:
         C, H, W = self.networks.image_shape
         shapes = [(live, 2 * C, H, W)] if learned else [(live, C, H, W), (live, 2 * C, H, W)]
-        wide = self.networks.state_dtype
-        narrower = [
-            d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64) if d.itemsize <= wide.itemsize
-        ]
+        narrower = [dtype for dtype in FLOATS if dtype.itemsize <= self.networks.state_dtype.itemsize]
         if isinstance(out, torch.Tensor) and out.dtype not in narrower:
             raise TypeError(f"network(x, t, y) must return {' or '.join(map(str, narrower))}, got {out.dtype}")
         if not isinstance(out, torch.Tensor) or tuple(out.shape) not in shapes:

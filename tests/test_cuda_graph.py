@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastdiff.cuda_graph import POISON, GraphedStep, NotCapturable
+from fastdiff.cuda_graph import GraphedStep, NotCapturable
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
 
@@ -38,7 +39,7 @@ def test_replays_are_calls(device: str) -> None:
 def test_what_nobody_fills_is_poison(device: str) -> None:
     step = Accumulator(device)
     replay = GraphedStep(step, step.static)
-    assert step.x.isnan().all() and step.total.isnan().all() and step.count.item() == POISON
+    assert step.x.isnan().all() and step.total.isnan().all() and step.count.item() == -(2**63)
     step.total.zero_()
     replay()
     assert step.total.isnan().all()
@@ -115,6 +116,48 @@ def test_out_of_memory_is_passed_on(device: str) -> None:
 
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         GraphedStep(full, [x])
+
+
+def test_a_graph_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="static must hold at least one tensor"):
+        GraphedStep(lambda: None, [])
+
+
+def test_what_only_the_watch_cannot_run_is_let_pass() -> None:
+    """Operators of higher order, and whatever compiles itself, refuse a mode around them"""
+    x = torch.ones(3)
+
+    def refuses_a_mode() -> None:
+        if _get_current_dispatch_mode() is not None:
+            raise NotImplementedError("no rule registered for a mode")
+        x.add_(1)
+
+    replay = GraphedStep(refuses_a_mode, [x])
+    x.zero_()
+    replay()
+    assert x.tolist() == [1] * 3
+
+
+def test_an_error_of_the_step_is_its_own() -> None:
+    x = torch.ones(3)
+    with pytest.raises(ZeroDivisionError):
+        GraphedStep(lambda: x.mul_(1 / 0), [x])
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_device_usable() -> None:
+    """A tensor of a list is uploaded where no dispatch sees it"""
+    x = torch.ones(3, device="cuda")
+    before = torch.cuda.current_stream()
+    with pytest.raises(NotCapturable):
+        GraphedStep(lambda: x.copy_(torch.tensor([1.0, 2.0, 3.0], device=x.device)), [x])
+    assert torch.cuda.current_stream() == before
+    assert float((x * 0).nan_to_num().sum()) == 0
+    step = Accumulator("cuda")
+    replay = GraphedStep(step, step.static)
+    step.x.fill_(1.0), step.total.zero_(), step.count.zero_()
+    replay()
+    assert step.total.tolist() == [2.0] * 3
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import threading
@@ -20,6 +21,15 @@ from fastdiff.cuda_graph import GraphedStep
 from fastdiff.model import UNet, UNetConfig
 from fastdiff.sampler import KEPT
 from fastdiff.step import LEAST_CAPACITY, bucket
+
+
+class WithoutTimes(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        return self.inner(x)
 
 
 @pytest.fixture
@@ -178,6 +188,76 @@ def test_a_copy_follows_its_network(captured) -> None:
     assert torch.equal(second, Sampler(model, steps=STEPS, dtype="float64", graph=False)([1, 2], seed=0))
 
 
+@pytest.mark.parametrize("graph", ["auto", False])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_network_that_was_rebuilt_is_run_as_it_is(captured, dtype: str, graph: str | bool) -> None:
+    """In place or as a copy: another submodule, a hook, another forward"""
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.Sigmoid())
+    model = a_model(WithoutTimes(network))
+    options = {"steps": STEPS, "dtype": dtype, "graph": graph}
+    sampler = Sampler(model, **options)
+    seen = [sampler([1], seed=0)]
+
+    def hooked() -> None:
+        network[0].register_forward_hook(lambda module, args, out: 0.5 * out)
+
+    def patched() -> None:
+        network.forward = lambda x: 0.3 * x
+
+    for change in (lambda: network.__setitem__(1, torch.nn.Tanh()), hooked, patched):
+        change()
+        images = sampler([1], seed=0)
+        assert torch.equal(images, Sampler(model, **options)([1], seed=0))
+        assert not any(torch.equal(images, other) for other in seen)
+        seen.append(images)
+
+
+@pytest.mark.parametrize("wrapped", ["closure", "partial", "method", "object"])
+def test_weights_behind_a_function_are_noticed(captured, wrapped: str) -> None:
+    network = WithoutTimes(torch.nn.Conv2d(2, 2, 1))
+
+    class Holder:
+        def __init__(self) -> None:
+            self.inner = {"network": network}
+
+        def __call__(self, x, t, y):
+            return self.inner["network"](x, t, y)
+
+    functions = {
+        "closure": lambda x, t, y: network(x, t, y),
+        "partial": functools.partial(lambda inner, x, t, y: inner(x, t, y), network),
+        "method": Holder().__call__,
+        "object": Holder(),
+    }
+    sampler = Sampler(a_model(functions[wrapped]), steps=STEPS)
+    sampler([1], seed=0)
+    with torch.no_grad():
+        network.inner.weight.mul_(0.5)
+    sampler([1], seed=0)
+    assert len(captured) == 1, "in place, a graph sees it by itself"
+    network.inner.weight.data = network.inner.weight.data * 0.5
+    sampler([1], seed=0)
+    assert len(captured) == 2
+
+
+def test_an_autocast_around_a_call_changes_nothing() -> None:
+    expected = Sampler(a_unet_model(torch.float32), steps=STEPS, dtype="float32")([1, 2], 1.5, seed=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = Sampler(a_unet_model(torch.float32), steps=STEPS, dtype="float32")([1, 2], 1.5, seed=0)
+    assert torch.equal(images, expected)
+
+
+def test_a_network_that_its_owner_converts_is_fed_what_it_wants(captured) -> None:
+    network = WithoutTimes(torch.nn.Conv2d(2, 2, 1))
+    sampler = Sampler(a_model(network), steps=STEPS)
+    assert sampler([1], seed=0).dtype == torch.float32
+    for dtype, state in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        network.to(dtype)
+        images = sampler([1], seed=0)
+        assert sampler.dtype == dtype and images.dtype == state
+        assert torch.equal(images, Sampler(a_model(network), steps=STEPS)([1], seed=0))
+
+
 def test_another_table_takes_the_same_graph(captured) -> None:
     sampler = Sampler(a_unet_model(), steps=STEPS, solver="ddim")
     sampler([1, 2], 1.5, seed=0)
@@ -252,6 +332,23 @@ def test_out_of_memory_names_a_batch_size_that_fits(captured, graph: str | bool,
     in_parts = Sampler(a_model(network), steps=STEPS, graph=graph, batch_size=e.value.batch_size)(labels, w, seed=0)
     expected = Sampler(a_model(), steps=STEPS, graph=False)(labels, w, seed=0)
     torch.testing.assert_close(in_parts, expected, rtol=0, atol=1e-5)
+
+
+def test_the_size_that_fits_holds_any_images_of_the_call(captured) -> None:
+    """Those with a null row may meet in one batch"""
+    sampler = Sampler(a_model(Roomy(3)), steps=STEPS, graph=False, batch_size=8)
+    w = [0.0] * 6 + [1.5] * 3
+    with pytest.raises(OutOfMemoryError, match="batch_size=1 fits") as e:
+        sampler(range(9), w, seed=0)
+    Sampler(a_model(Roomy(3)), steps=STEPS, graph=False, batch_size=e.value.batch_size)(range(9), w, seed=0)
+
+
+def test_a_cpu_without_memory_is_out_of_memory_too() -> None:
+    def greedy(x, t, y):
+        return mixing(x, t, y) if len(x) < 4 else torch.empty(2**60)
+
+    with pytest.raises(OutOfMemoryError, match="batch_size=2 fits"):
+        Sampler(a_model(greedy), steps=STEPS)([1] * 5, seed=0)
 
 
 def test_out_of_memory_with_one_image(captured) -> None:

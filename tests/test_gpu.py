@@ -132,15 +132,16 @@ def test_a_replayed_row_synchronises_with_no_host() -> None:
 
 
 @pytest.mark.gpu
-def test_a_thousand_calls_keep_the_memory_that_ten_took() -> None:
+def test_a_thousand_calls_keep_the_memory_that_the_first_took() -> None:
+    """Graphs of seven shapes come and go, four at a time"""
     sampler = fastdiff.Sampler(small_model(), steps=2, device="cuda")
     taken = []
     for i in range(1000):
-        sampler([i % 4] * (1 + i % 7), float(i % 2), seed=i)
-        if i in (30, 999):
+        sampler([i % 4] * (1 + i % 12), float(i % 2), seed=i)
+        if i in (48, 999):
             torch.cuda.synchronize()
-            taken.append(torch.cuda.memory_allocated())
-    assert taken[1] <= 1.05 * taken[0] + 2**20
+            taken.append(torch.cuda.memory_reserved())
+    assert taken[1] <= 1.1 * taken[0]
 
 
 @pytest.mark.gpu

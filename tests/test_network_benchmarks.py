@@ -17,6 +17,7 @@ from benchmarks import bench_ladder, bench_networks, network_peers, networks, ob
 from benchmarks.networks import CONFIGS, STEPS, Case, Ours, Problem
 from fastdiff.evaluation.results import Row, append_row, read_rows
 from fastdiff.model import PRESETS, UNet
+from fastdiff.model.blocks import AttentionBlock
 
 ROOT = Path(__file__).parent.parent
 FILES = ("benchmarks/bench_networks.py", "benchmarks/bench_ladder.py")
@@ -83,18 +84,54 @@ def test_the_loop_by_hand_draws_the_samplers_images(w: float) -> None:
     assert len(problem.y) == (4 if w else 2)
 
 
-def test_a_step_is_timed_for_each_row() -> None:
+def test_a_call_for_one_row_ends_there() -> None:
     problem, unet = Problem(TOY), networks.build("toy")
     calls: list[networks.Call] = [Ours(problem, unet), network_peers.loop_over(problem, unet)]
     for call in calls:
-        _, elapsed, steps = versions.timed(call, problem.device)
-        assert len(steps) == STEPS and 0 < sum(steps) <= elapsed
         rows: list[int] = []
-        hook = unet.out["2"].register_forward_pre_hook(lambda *_, rows=rows: rows.append(1))
+        hook = unet.conv_first.register_forward_pre_hook(lambda *_, rows=rows: rows.append(1))
         versions.one_step(call)
         assert len(rows) == 1
         hook.remove()
-        call()
+        images, elapsed = versions.timed(call, problem.device)
+        assert images.shape == problem.x_T.shape and elapsed > 0
+
+
+def in_bfloat16(w: float = 1.5) -> tuple[Problem, UNet]:
+    problem = Problem(dataclasses.replace(TOY, dtype="bfloat16", w=w))
+    return problem, networks.placed(networks.build("toy"), problem, channels_last=True)
+
+
+def without_guidance() -> networks.Call:
+    return Ours(*in_bfloat16(w=0.0))
+
+
+def with_other_labels() -> networks.Call:
+    problem, unet = in_bfloat16()
+    problem.labels = [(label + 1) % 10 for label in problem.labels]
+    return Ours(problem, unet)
+
+
+def without_attention() -> networks.Call:
+    problem, unet = in_bfloat16()
+    with torch.no_grad():
+        for module in unet.modules():
+            if isinstance(module, AttentionBlock):
+                module.proj_out.weight.zero_()
+    return Ours(problem, unet)
+
+
+def test_half_precision_is_held_to_the_rounding_of_a_loop_by_hand() -> None:
+    """Most pixels are clipped: the images of a wrong call are near the right ones, and further than rounding"""
+    problem, unet = in_bfloat16()
+    float32 = networks.placed(networks.build("toy"), problem, torch.float32, channels_last=False)
+    exact = versions.Exact(
+        network_peers.loop_over(problem, float32, torch.float32)(), network_peers.loop_over(problem, unet)()
+    )
+    assert 0 < exact.check(Ours(problem, unet)(), torch.bfloat16) < 0.01
+    for wrong in (without_guidance, with_other_labels, without_attention):
+        with pytest.raises(AssertionError):
+            exact.check(wrong()(), torch.bfloat16)
 
 
 class Recorder:
@@ -141,7 +178,7 @@ def test_peers_that_fail_or_draw_other_images_are_absent(monkeypatch: pytest.Mon
     assert "more than 2 s" in rows["slow"]["absent"] and "AssertionError" in rows["wrong"]["absent"]
     assert set(rows) == {"broken", "slow", "wrong", "diffusers-eager", "again", "fastdiff"}
     for name in ("diffusers-eager", "again", "fastdiff"):
-        assert "absent" not in rows[name] and len(rows[name]["times"]) == 2 * STEPS
+        assert "absent" not in rows[name] and len(rows[name]["times"]) == 2
 
 
 def test_a_sampler_that_draws_other_images_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +215,9 @@ def test_a_rehearsal_writes_its_rows_once(tmp_path: Path) -> None:
     found = [row for row in rows if row["id"] == f"network-{TOY.id}"]
     assert sorted(row["provider"] for row in found) == ["again", "diffusers-eager", "fastdiff"]
     for row in found:
-        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["rounds"] == STEPS
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["rounds"] == 1 and not row["whole"]
         assert row["images_per_s"] == pytest.approx(1e3 * row["images"] / row["call_p50_ms"])
-        assert row["peak_memory_bytes"] > networks.bytes_of(networks.build("toy")) and row["first_s"] > 0
+        assert row["peak_memory_bytes"] is None and row["first_s"] > 0
         assert (row["network"], row["dtype"], row["w"], row["steps"]) == ("toy", "float32", 1.5, STEPS)
     assert len({row["when"] for row in found}) == 1
     ladders = {row["id"] for row in rows if row["case"] == "ladder"}
@@ -210,21 +247,6 @@ def test_ids_tell_cases_apart() -> None:
     cases = [*bench_networks.CPU_CASES, *bench_networks.GPU_CASES]
     assert len({case.id for case in cases}) == len(cases)
     assert TOY.id == "toy-cpu-float32-n2-w1.5"
-
-
-def test_the_most_that_was_held_at_a_time() -> None:
-    kept = torch.zeros(10)
-
-    def run() -> None:
-        first = torch.zeros(1_000_000)
-        second = first + 1
-        del first
-        second.add_(kept[0])
-        (second + 1).sum()
-
-    found = observe.allocated_on_host(run)
-    assert found is not None and 8_000_000 <= found < 8_100_000
-    assert (observe.allocated_on_host(lambda: kept.add_(1)) or 0) < 1000
 
 
 def test_what_takes_too_long_is_stopped_and_what_does_not_is_left_alone() -> None:

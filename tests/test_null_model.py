@@ -114,6 +114,24 @@ def test_networks_of_the_protocol_are_hoisted_both() -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
+def test_networks_of_two_dtypes_are_fed_each_its_own() -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=dtype))
+
+        def forward(self, x, t, y):
+            assert x.dtype == self.scale.dtype
+            return self.scale * weak(x, t, y).to(x.dtype)
+
+    for mine, others in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        model = a_model(Scaled(mine), null_label=None, null_model=other(Scaled(others)))
+        sampler = Sampler(model, steps=STEPS)
+        assert sampler.dtype == mine
+        exact = Sampler(a_model(weak), steps=STEPS)([1, 2], seed=0)
+        torch.testing.assert_close(sampler([1, 2], 1.5, seed=0), exact, rtol=0, atol=0.4)
+
+
 def test_weights_of_the_second_network_are_todays() -> None:
     strong, weaker = a_unet_model(), a_unet_model()
     model = DiffusionModel(strong.network, "cosine", null_label=None, image_shape=(1, 8, 8), null_model=weaker)

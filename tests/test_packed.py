@@ -12,7 +12,7 @@ from fastdiff.model import UNet, UNetConfig
 from fastdiff.model import packed as module
 from fastdiff.model.convolution import Conv2d
 from fastdiff.model.packed import packed
-from fastdiff.placement import fingerprint
+from fastdiff.placement import fingerprint, structure
 
 SMALL = UNetConfig(
     image_size=8,
@@ -281,22 +281,34 @@ def hooked(net: UNet) -> None:
     with_a_hook(net)
 
 
+def with_another_forward(net: UNet) -> None:
+    net.middle_block[0].forward = lambda *args: args[0]
+
+
+def with_fewer_heads(net: UNet) -> None:
+    net.middle_block[1].num_heads = 1
+
+
+def with_another_activation(net: UNet) -> None:
+    net.time_embed[1] = torch.nn.Tanh()
+
+
 @pytest.mark.parametrize("inference", [False, True], ids=["normal", "inference-tensors"])
 @pytest.mark.parametrize(
     "change",
     [
         in_place, through_data, last_element_through_data, two_rows_change_places, replaced, moved, restrided, cast,
-        buffer, hooked,
+        buffer, hooked, with_another_forward, with_fewer_heads, with_another_activation,
     ],
 )  # fmt: skip
 def test_a_fingerprint_sees(change: Callable[[UNet], None], inference: bool) -> None:
     with torch.inference_mode() if inference else contextlib.nullcontext():
         net = network()
         net.register_buffer("table", torch.zeros(3))
-        before = fingerprint(net)
-        assert fingerprint(net) == before and hash(fingerprint(net)) == hash(before)
+        before = structure(net), fingerprint(net)
+        assert (structure(net), fingerprint(net)) == before and hash((structure(net), fingerprint(net))) == hash(before)
         change(net)
-        assert fingerprint(net) != before
+        assert (structure(net), fingerprint(net)) != before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool], ids=str)

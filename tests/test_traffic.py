@@ -74,20 +74,38 @@ def forward_process(n: int, c: int, side: int, *, noise: bool, prediction: str =
 
 
 def end_of_block(
-    b: int, c: int, h: int, w: int, *, resample: str | None = None, stats: bool = True, shared: int = 0
+    b: int,
+    c: int,
+    h: int,
+    w: int,
+    *,
+    resample: str | None = None,
+    skip: bool = True,
+    stats: bool = True,
+    shared: int = 0,
 ) -> None:
     factor = {"down": 2, "up": 0.5, None: 1}[resample]
-    skip = images(b - shared, c, int(h * factor), int(w * factor))
-    residual(images(b, c, h, w), torch.randn(c), skip, resample=resample, stats=stats, impl="triton")
+    added = images(b - shared, c, int(h * factor), int(w * factor)) if skip else None
+    residual(images(b, c, h, w), torch.randn(c), added, resample=resample, stats=stats, impl="triton")
 
 
 def end_of_wide_block(
-    b: int, c: int, h: int, w: int, *, parts: tuple[int, ...], bias: bool = True, stats: bool = True, shared: int = 0
+    b: int,
+    c: int,
+    h: int,
+    w: int,
+    *,
+    parts: tuple[int, ...],
+    bias: bool = True,
+    weight_bias: torch.dtype | None = None,
+    stats: bool = True,
+    shared: int = 0,
 ) -> None:
     skips = [images(b - shared * i, part, h, w) for i, part in enumerate(parts)]
     weight = torch.randn(c, sum(parts)).half()
     residual(
         *(images(b, c, h, w), torch.randn(c) if bias else None, skips[0], skips[1] if len(skips) > 1 else None, weight),
+        None if weight_bias is None else torch.randn(c).to(weight_bias),
         stats=stats,
         impl="triton",
     )
@@ -146,7 +164,15 @@ CASES: dict[str, tuple[Callable[..., None], tuple[int, ...], dict[str, object]]]
     "residual_up": (end_of_block, (2, 40, 10, 14), {"resample": "up"}),
     "residual_shared": (end_of_block, (3, 24, 5, 7), {"shared": 1}),
     "residual_shared_up": (end_of_block, (2, 24, 4, 6), {"shared": 1, "resample": "up"}),
+    "residual_of_bias": (end_of_block, (2, 48, 9, 10), {"skip": False}),
+    "residual_of_bias_bare": (end_of_block, (1, 70, 3, 5), {"skip": False, "stats": False}),
     "projection": (end_of_wide_block, (3, 70, 9, 10), {"parts": (24, 48), "shared": 1}),
+    "projection_with_bias": (end_of_wide_block, (2, 70, 9, 10), {"parts": (24, 48), "weight_bias": torch.float32}),
+    "projection_of_its_bias": (
+        end_of_wide_block,
+        (2, 40, 12, 12),
+        {"parts": (64,), "bias": False, "weight_bias": torch.float16},
+    ),
     "projection_of_one": (end_of_wide_block, (2, 64, 12, 12), {"parts": (64,), "bias": False}),
     "projection_bare": (end_of_wide_block, (1, 5, 3, 5), {"parts": (3, 7), "stats": False}),
     "norm": (norm, (2, 48, 5, 6), {"groups": 8}),

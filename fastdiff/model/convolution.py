@@ -16,6 +16,7 @@ class Conv2d(nn.Conv2d):
 
         cuDNN adds a bias in a pass of its own, oneDNN for nothing.
         """
-        if not x.is_cuda and not x.is_meta:
+        # a hook is called by a call alone
+        if (not x.is_cuda and not x.is_meta) or self._forward_hooks or self._forward_pre_hooks:
             return self(x), None
         return self._conv_forward(x, self.weight, None), self.bias

@@ -102,6 +102,7 @@ PLANS = {
     "unaligned": plan(_copy_kernel, offset=1, BLOCK=1024, STEP=1),
     "uneven": plan(_copy_kernel, count=(1 << 20) + 1, BLOCK=1024, STEP=1),
     "narrow store": plan(_narrow_store_kernel, BLOCK=1024),
+    "narrow on AMD": plan(_narrow_store_kernel, BLOCK=1024),
     "narrow tail": plan(_narrow_tail_kernel, BLOCK=1024),
     "unread": plan(_unread_kernel, BLOCK=1024),
     "cos": plan(_cos_kernel, BLOCK=1024),
@@ -113,7 +114,9 @@ PLANS = {
 # a process that builds imports this module too, with the same arguments
 @op(kernel=tuple(name for name in PLANS if name in sys.argv))
 def faulty(new: New, kernel: str) -> Iterator[Build]:
-    yield Build(PLANS[kernel], {"x_ptr": WIDE, "y_ptr": WIDE})
+    yield Build(
+        PLANS[kernel], {"x_ptr": WIDE, "y_ptr": WIDE}, of_amd={"y_ptr": 32} if kernel == "narrow on AMD" else {}
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ from torch import Tensor
 
 FACTOR = {None: (1, 1), "down": (2, 1), "up": (1, 2)}
 RESAMPLE = pytest.mark.parametrize("resample", FACTOR, ids=["plain", "down", "up"])
+# with a skip of each kind, and with none
+FORM = pytest.mark.parametrize(
+    "resample,skip", [*((value, True) for value in FACTOR), (None, False)], ids=["plain", "down", "up", "no_skip"]
+)
 DTYPES = [pytest.param(getattr(torch, name), id=name) for name in ("float32", "float16", "bfloat16")]
 MANTISSA = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 LAYOUTS = {
@@ -19,24 +23,47 @@ LAYOUTS = {
 
 
 def draw(
-    shape, resample=None, dtype=torch.float32, *, layout="channels_last", seed=0, mean=0.0, device="cpu", rows=None
-) -> dict[str, Tensor]:
-    """rows: of skip, where it has not as many as h"""
+    shape,
+    resample=None,
+    dtype=torch.float32,
+    *,
+    layout="channels_last",
+    seed=0,
+    mean=0.0,
+    device="cpu",
+    rows=None,
+    skip=True,
+) -> dict[str, Tensor | None]:
+    """rows: of skip, where it has not as many as h; skip: whether there is one, it is None otherwise"""
     generator = torch.Generator().manual_seed(seed)
     b, c, h, w = shape
     times, part = FACTOR[resample]
-    skip = (b if rows is None else rows, c, h * times // part, w * times // part)
-    shapes = {"h": shape, "bias": (c,), "skip": skip}
+    of_skip = (b if rows is None else rows, c, h * times // part, w * times // part)
+    shapes = {"h": shape, "bias": (c,), "skip": of_skip}
     operands = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in shapes.items()}
     operands["h"] += mean
     for name in ("h", "skip"):
         operands[name] = LAYOUTS[layout](operands[name].to(dtype)).to(device)
     operands["bias"] = operands["bias"].float().to(device)
-    return operands
+    return operands if skip else {**operands, "skip": None}
+
+
+def images_of(op: dict[str, Tensor | None]) -> list[str]:
+    """The names of the operands (B, C, H, W) that there are"""
+    return [name for name in ("h", "skip", "skip2") if op.get(name) is not None]
 
 
 def draw_wide(
-    shape, parts, dtype=torch.float32, *, rows=(), layout="channels_last", mean=0.0, device="cpu", seed=0
+    shape,
+    parts,
+    dtype=torch.float32,
+    *,
+    rows=(),
+    weight_bias=False,
+    layout="channels_last",
+    mean=0.0,
+    device="cpu",
+    seed=0,
 ) -> dict[str, Tensor]:
     """parts: channels of skip and of skip2, if there is one; rows: theirs, where not as many as h has"""
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +77,10 @@ def draw_wide(
     weight = torch.randn(c, sum(parts), generator=generator, dtype=torch.float64) / max(sum(parts), 1) ** 0.5
     operands = {"h": images(b, c, mean), "bias": torch.randn(c, generator=generator).to(device)}
     operands |= {name: images(n, part) for name, n, part in zip(("skip", "skip2"), rows, parts, strict=False)}
-    return operands | {"weight": weight.to(dtype).to(device)}
+    operands["weight"] = weight.to(dtype).to(device)
+    if weight_bias:
+        operands["weight_bias"] = torch.randn(c, generator=generator).to(device)
+    return operands
 
 
 def upstream_of(y: Tensor) -> Tensor:
@@ -62,22 +92,32 @@ def feeding(x: Tensor, rows: int) -> Tensor:
     return x[[b if b < len(x) else b - len(x) for b in range(rows)]]
 
 
-def formula(h: Tensor, bias: Tensor | None, skip: Tensor, resample: str | None) -> Tensor:
+def formula(h: Tensor, bias: Tensor | None, skip: Tensor | None, resample: str | None) -> Tensor:
     """In float64 by torch's own resampling"""
-    h, skip = h.double(), skip.double()
-    if resample == "down":
-        skip = F.avg_pool2d(skip, 2)
-    elif resample == "up":
-        skip = F.interpolate(skip, scale_factor=2.0, mode="nearest")
-    y = h + feeding(skip, len(h))
+    y = h.double()
+    if skip is not None:
+        skip = skip.double()
+        if resample == "down":
+            skip = F.avg_pool2d(skip, 2)
+        elif resample == "up":
+            skip = F.interpolate(skip, scale_factor=2.0, mode="nearest")
+        y = y + feeding(skip, len(h))
     return y if bias is None else y + bias.double()[None, :, None, None]
 
 
-def wide_formula(h: Tensor, bias: Tensor | None, skip: Tensor, weight: Tensor, skip2: Tensor | None = None) -> Tensor:
+def wide_formula(
+    h: Tensor,
+    bias: Tensor | None,
+    skip: Tensor,
+    weight: Tensor,
+    skip2: Tensor | None = None,
+    weight_bias: Tensor | None = None,
+) -> Tensor:
     """In float64 by torch's convolution of a stored concatenation"""
     whole = [feeding(x.double(), len(h)) for x in (skip, skip2) if x is not None]
     kernel = weight.double().reshape(*weight.shape[:2], 1, 1)
-    return h.double() + F.conv2d(torch.cat(whole, 1), kernel, None if bias is None else bias.double())
+    y = h.double() + F.conv2d(torch.cat(whole, 1), kernel, None if weight_bias is None else weight_bias.double())
+    return y if bias is None else y + bias.double()[None, :, None, None]
 
 
 def by_chunk(y: Tensor, chunks: int) -> np.ndarray:

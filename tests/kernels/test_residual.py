@@ -8,6 +8,7 @@ from places import GPU, INTERPRETER, NO_INTERPRETER
 from residual_cases import (
     DTYPES,
     FACTOR,
+    FORM,
     LAYOUTS,
     RESAMPLE,
     by_chunk,
@@ -15,6 +16,7 @@ from residual_cases import (
     check_statistics,
     draw,
     formula,
+    images_of,
     upstream_of,
 )
 from torch import Tensor
@@ -36,11 +38,11 @@ def launch(place):
     return lambda *args: plan_residual(*args).launch()
 
 
-@RESAMPLE
+@FORM
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_statistics(place, shape, dtype, resample):
-    op = draw(shape, resample, dtype, device=place.device)
+def test_values_and_statistics(place, shape, dtype, resample, skip):
+    op = draw(shape, resample, dtype, skip=skip, device=place.device)
     y, stats = residual(**op, resample=resample, impl=place.impl)
     assert y.dtype == dtype and y.stride() == op["h"].stride()
     check_rounded(y, formula(**op, resample=resample))
@@ -49,11 +51,13 @@ def test_values_and_statistics(place, shape, dtype, resample):
     check_statistics(stats, y)
 
 
-@pytest.mark.parametrize("resample", [None, "down"], ids=["plain", "down"])
+@pytest.mark.parametrize(
+    "resample,skip", [(None, True), ("down", True), (None, False)], ids=["plain", "down", "no_skip"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
-def test_odd_sizes(place, shape, dtype, resample):
-    op = draw(shape, resample, dtype, device=place.device)
+def test_odd_sizes(place, shape, dtype, resample, skip):
+    op = draw(shape, resample, dtype, skip=skip, device=place.device)
     y, stats = residual(**op, resample=resample, impl=place.impl)
     check_rounded(y, formula(**op, resample=resample))
     check_statistics(stats, y)
@@ -72,26 +76,48 @@ def test_rows_past_those_of_skip_take_its_first(place, resample, dtype, b, rows)
     assert torch.equal(y, alike[0]) and torch.equal(stats, alike[1])
 
 
-@RESAMPLE
-def test_float64_stays_float64(resample):
-    op = draw((2, 6, 4, 4), resample, torch.float64)
+@FORM
+def test_float64_stays_float64(resample, skip):
+    op = draw((2, 6, 4, 4), resample, torch.float64, skip=skip)
     y, stats = residual(**op, resample=resample)
     assert y.dtype == stats.dtype == torch.float64
     np.testing.assert_allclose(y, formula(**op, resample=resample), rtol=0, atol=1e-14)
     np.testing.assert_allclose(stats, by_chunk(y, 1), rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_may_be_left_out_or_have_the_dtype_of_h(place, dtype):
-    op = draw((2, 5, 3, 5), None, dtype, device=place.device)
+def test_without_skip_it_is_as_with_zeros(place, dtype, layout):
+    op = draw((2, 24, 8, 6), None, dtype, layout=layout, device=place.device)
+    op["skip"].zero_()
+    for bias in (op["bias"], op["bias"].to(dtype), None):
+        want = residual(op["h"], bias, op["skip"], impl=place.impl)
+        got = residual(op["h"], bias, None, impl=place.impl)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_y_is_new_even_where_nothing_is_added(place):
+    h = draw((2, 5, 4, 6), device=place.device)["h"]
+    y, stats = residual(h, None, None, impl=place.impl)
+    assert torch.equal(y, h) and y.stride() == h.stride()
+    check_statistics(stats, h)
+    before = h.clone()
+    y.zero_()
+    assert torch.equal(h, before)
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["plain", "no_skip"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_may_be_left_out_or_have_the_dtype_of_h(place, dtype, skip):
+    op = draw((2, 5, 3, 5), None, dtype, skip=skip, device=place.device)
     for bias in (None, op["bias"].to(dtype)):
         y, _ = residual(op["h"], bias, op["skip"], impl=place.impl)
         check_rounded(y, formula(op["h"], bias, op["skip"], None))
 
 
-@RESAMPLE
-def test_without_statistics_y_has_the_same_bits(place, resample):
-    op = draw((2, 5, 4, 6), resample, torch.float16, device=place.device)
+@FORM
+def test_without_statistics_y_has_the_same_bits(place, resample, skip):
+    op = draw((2, 5, 4, 6), resample, torch.float16, skip=skip, device=place.device)
     y, stats = residual(**op, resample=resample, stats=False, impl=place.impl)
     assert stats is None
     assert torch.equal(y, residual(**op, resample=resample, impl=place.impl)[0])
@@ -169,9 +195,9 @@ def test_any_number_of_chunks_and_tiles_in_a_chunk(place, launch, shape, chunks)
     np.testing.assert_allclose(stats[1].cpu(), want[1], rtol=2e-5, atol=1e-7)
 
 
-@RESAMPLE
-def test_every_output_is_written(place, monkeypatch, resample):
-    op = draw((2, 5, 6, 4), resample, device=place.device)
+@FORM
+def test_every_output_is_written(place, monkeypatch, resample, skip):
+    op = draw((2, 5, 6, 4), resample, skip=skip, device=place.device)
     want = residual(**op, resample=resample, impl=place.impl)
     for name in ("empty", "empty_like"):
         real = getattr(torch, name)
@@ -182,24 +208,25 @@ def test_every_output_is_written(place, monkeypatch, resample):
 
 
 @NO_INTERPRETER
-@RESAMPLE
-def test_the_traffic_is_each_tensor_once(resample):
-    op = draw((2, 24, 12, 8), resample)  # a chunk is 6 whole rows
+@FORM
+def test_the_traffic_is_each_tensor_once(resample, skip):
+    op = draw((2, 24, 12, 8), resample, skip=skip)  # a chunk is 6 whole rows
     with counting() as counts:
         y, stats = residual(**op, resample=resample, impl="triton")
     (count,) = counts
-    moved = {name: op[name].numel() * 4 for name in ("h", "skip")}
-    assert {name: count.loads[f"{name}_ptr"] for name in moved} == moved
+    moved = {f"{name}_ptr": op[name].numel() * 4 for name in images_of(op)}
+    assert {name: size for name, size in count.loads.items() if name != "bias_ptr"} == moved
     assert count.stores == {"y_ptr": y.numel() * 4, "stats_ptr": stats.numel() * 4}
 
 
-@RESAMPLE
-def test_twice_the_same_bits_and_alone_as_in_a_batch(place, resample):
-    op = draw((3, 24, 8, 8), resample, device=place.device)
+@FORM
+def test_twice_the_same_bits_and_alone_as_in_a_batch(place, resample, skip):
+    op = draw((3, 24, 8, 8), resample, skip=skip, device=place.device)
     first = residual(**op, resample=resample, impl=place.impl)
     second = residual(**op, resample=resample, impl=place.impl)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    y, stats = residual(op["h"][1:2], op["bias"], op["skip"][1:2], resample=resample, impl=place.impl)
+    alone = {name: op[name][1:2] for name in images_of(op)}
+    y, stats = residual(**{**op, **alone}, resample=resample, impl=place.impl)
     assert torch.equal(y, first[0][1:2])
     if place.impl == "triton":
         assert torch.equal(stats, first[1][:, 1:2])
@@ -232,12 +259,12 @@ def test_y_has_the_layout_of_h_whatever_that_of_skip(place, layout, skip_layout,
     check_statistics(stats, y)
 
 
-@RESAMPLE
+@FORM
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_views_are_read_within_their_bounds_and_left_alone(place, layout, resample):
-    op = draw((2, 6, 4, 4), resample, layout="contiguous", device=place.device)
-    views, bases = {}, {}
-    for name in ("h", "skip"):
+def test_views_are_read_within_their_bounds_and_left_alone(place, layout, resample, skip):
+    op = draw((2, 6, 4, 4), resample, layout="contiguous", skip=skip, device=place.device)
+    views, bases = {"skip": None}, {}
+    for name in images_of(op):
         b, c, h, w = op[name].shape
         bases[name] = LAYOUTS[layout](torch.full((b + 2, c + 2, h + 3, 2 * w + 3), NAN, device=place.device))
         views[name] = bases[name][1:-1, 1:-1, 2:-1, 2:-1:2]
@@ -253,10 +280,11 @@ def test_views_are_read_within_their_bounds_and_left_alone(place, layout, resamp
     assert all(torch.equal(bases[name].nan_to_num(7), before[name].nan_to_num(7)) for name in bases)
 
 
-def test_an_unaligned_base(place):
+@pytest.mark.parametrize("skip", [True, False], ids=["plain", "no_skip"])
+def test_an_unaligned_base(place, skip):
     """Views that start one element after a 16-byte boundary"""
-    op = draw((2, 24, 3, 5), dtype=torch.float16, device=place.device)
-    for name in ("h", "skip"):
+    op = draw((2, 24, 3, 5), dtype=torch.float16, skip=skip, device=place.device)
+    for name in images_of(op):
         memory = torch.empty(op[name].numel() + 1, dtype=torch.float16, device=place.device)
         view = memory[1:].as_strided(op[name].shape, op[name].stride(), 1)
         op[name] = view.copy_(op[name])
@@ -278,10 +306,10 @@ def test_expanded_inputs(place):
 
 
 @KERNEL
-@RESAMPLE
+@FORM
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_nothing_outside_a_view_is_written(place, launch, layout, resample):
-    op = draw((2, 5, 4, 6), resample, device=place.device)
+def test_nothing_outside_a_view_is_written(place, launch, layout, resample, skip):
+    op = draw((2, 5, 4, 6), resample, skip=skip, device=place.device)
     base = LAYOUTS[layout](torch.full((4, 7, 7, 15), -7.0, device=place.device))
     y = base[1:-1, 1:-1, 2:-1, 1:-2:2]
     memory = torch.full((2 * 2 * 5 + 2,), -7.0, device=place.device)
@@ -295,13 +323,13 @@ def test_nothing_outside_a_view_is_written(place, launch, layout, resample):
 
 
 @KERNEL
-@RESAMPLE
+@FORM
 @pytest.mark.parametrize("dim", range(4), ids="BCHW".__getitem__)
-def test_offsets_past_2_to_the_31(place, launch, dim, resample):
+def test_offsets_past_2_to_the_31(place, launch, dim, resample, skip):
     """A stride of 2^30 elements, in memory of which a few pages are ever touched"""
     step = 1 << 30
     shape = [4 if d == dim else 2 for d in range(4)]
-    op = draw(shape, resample, torch.float16, device=place.device)
+    op = draw(shape, resample, torch.float16, skip=skip, device=place.device)
     times, part = FACTOR[resample]
     memory = torch.empty(step * 7 + 8192, dtype=torch.float16, device=place.device)
 
@@ -313,20 +341,21 @@ def test_offsets_past_2_to_the_31(place, launch, dim, resample):
         return memory.as_strided(size, stride, start)
 
     skip_size = [size if d < 2 else size * times // part for d, size in enumerate(shape)]
-    h, skip, y = view(shape, 0), view(skip_size, 2048), view(shape, 4096)
-    h.copy_(op["h"])
-    skip.copy_(op["skip"])
+    views = {"h": view(shape, 0), "skip": view(skip_size, 2048) if skip else None}
+    for name in images_of(op):
+        views[name].copy_(op[name])
+    y = view(shape, 4096)
     stats = torch.full((2, shape[0], 1, shape[1]), NAN, device=place.device)
-    launch(h, op["bias"], skip, y, stats, resample)
+    launch(views["h"], op["bias"], views["skip"], y, stats, resample)
     check_rounded(y.clone(), formula(**op, resample=resample))
     check_statistics(stats, y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias_dtype", ["float32", "like_h", "none"])
-@RESAMPLE
-def test_gradients(place, resample, bias_dtype, dtype):
-    op = draw((2, 5, 4, 6), resample, dtype, device=place.device)
+@FORM
+def test_gradients(place, resample, skip, bias_dtype, dtype):
+    op = draw((2, 5, 4, 6), resample, dtype, skip=skip, device=place.device)
     if bias_dtype != "float32":
         op["bias"] = op["bias"].to(dtype) if bias_dtype == "like_h" else None
     given = {name: None if value is None else value.clone().requires_grad_() for name, value in op.items()}
@@ -355,11 +384,15 @@ def test_a_shared_row_gets_the_sum_of_its_gradients(place, resample, dtype):
 
 
 @pytest.mark.parametrize("wanted", ["h", "bias", "skip"])
-@RESAMPLE
-def test_a_single_gradient_can_be_asked_for(resample, wanted):
-    op = draw((2, 6, 4, 2), resample, torch.float64)
+@FORM
+def test_a_single_gradient_can_be_asked_for(resample, skip, wanted):
+    op = draw((2, 6, 4, 2), resample, torch.float64, skip=skip)
+    if op[wanted] is None:
+        pytest.skip("there is no skip")
     upstream = upstream_of(op["h"])
-    alone = {name: value.double().requires_grad_(name == wanted) for name, value in op.items()}
+    alone = {
+        name: None if value is None else value.double().requires_grad_(name == wanted) for name, value in op.items()
+    }
     (got,) = torch.autograd.grad(residual(**alone, resample=resample)[0], alone[wanted], upstream)
     (want,) = torch.autograd.grad(formula(**alone, resample=resample), alone[wanted], upstream)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
@@ -367,24 +400,25 @@ def test_a_single_gradient_can_be_asked_for(resample, wanted):
 
 @pytest.mark.parametrize("function", [residual, reference.residual], ids=["public", "reference"])
 @pytest.mark.parametrize("rows", [2, 3])
-@RESAMPLE
-def test_gradcheck(function, resample, rows):
-    op = draw((3, 2, 2, 4), resample, torch.float64, rows=rows)
-    leaves = tuple(value.double().requires_grad_() for value in op.values())
+@FORM
+def test_gradcheck(function, resample, skip, rows):
+    op = draw((3, 2, 2, 4), resample, torch.float64, rows=rows, skip=skip)
+    leaves = tuple(value.double().requires_grad_() for value in op.values() if value is not None)
 
-    def y(*args: Tensor) -> Tensor:
-        return function(*args, resample=resample, stats=False)[0]
+    def y(h: Tensor, bias: Tensor, given: Tensor | None = None) -> Tensor:
+        return function(h, bias, given, resample=resample, stats=False)[0]
 
     assert torch.autograd.gradcheck(y, leaves)
     assert torch.autograd.gradgradcheck(y, leaves)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 0, 4, 4), (2, 6, 0, 4), (2, 6, 4, 0)], ids=str)
-@RESAMPLE
-def test_empty(place, shape, resample):
-    op = {name: value.requires_grad_() for name, value in draw(shape, resample, device=place.device).items()}
+@FORM
+def test_empty(place, shape, resample, skip):
+    op = draw(shape, resample, skip=skip, device=place.device)
+    leaves = [value.requires_grad_() for value in op.values() if value is not None]
     y, stats = residual(**op, resample=resample, impl=place.impl)
     assert y.shape == shape
     assert torch.equal(stats, torch.zeros(2, shape[0], num_chunks(shape[2] * shape[3]), shape[1], device=place.device))
     y.backward(torch.ones_like(y))
-    assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in op.values())
+    assert all(torch.equal(value.grad, torch.zeros_like(value)) for value in leaves)

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 from places import NO_TRITON
-from residual_cases import RESAMPLE, draw, draw_wide, upstream_of
+from residual_cases import FORM, draw, draw_wide, upstream_of
 from torch import Tensor
 
 from fastdiff_kernels import residual
@@ -15,19 +15,23 @@ OP = torch.ops.fastdiff_kernels.residual.default
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@RESAMPLE
-def test_opcheck(resample, layout, dtype):
-    op = draw((2, 3, 8, 10), resample, dtype, layout=layout)
+@FORM
+def test_opcheck(resample, skip, layout, dtype):
+    op = draw((2, 3, 8, 10), resample, dtype, layout=layout, skip=skip)
     for needs_grad, stats in ((True, True), (False, False)):
-        operands = [value.clone().requires_grad_(needs_grad) for value in op.values()]
-        torch.library.opcheck(OP, (*operands, None, None, resample, stats, "auto"))
+        operands = [None if value is None else value.clone().requires_grad_(needs_grad) for value in op.values()]
+        torch.library.opcheck(OP, (*operands, None, None, None, resample, stats, "auto"))
 
 
 def test_opcheck_without_bias_on_views():
     base = torch.randn(3, 8, 9, 10)
-    torch.library.opcheck(OP, (base[1:, 1:4, 1:5, ::2], None, base[1:, 4:7, 1:5, 1::2], None, None, None, True, "auto"))
+    rest = (None, None, None, None, True, "auto")
+    torch.library.opcheck(OP, (base[1:, 1:4, 1:5, ::2], None, base[1:, 4:7, 1:5, 1::2], *rest))
     expanded = base[:1].expand(4, 8, 9, 10)
-    torch.library.opcheck(OP, (expanded, None, expanded[:3], None, None, None, True, "auto"))
+    torch.library.opcheck(OP, (expanded, None, expanded[:3], *rest))
+    # an op may return nothing that it was given
+    for h in (base, expanded):
+        torch.library.opcheck(OP, (h, None, None, *rest))
 
 
 @pytest.mark.parametrize(
@@ -40,24 +44,24 @@ def test_opcheck_without_bias_on_views():
     ids=str,
 )
 def test_opcheck_of_a_product(parts, rows, layout, dtype):
-    op = draw_wide((3, 5, 8, 10), parts, dtype, rows=rows, layout=layout)
+    op = draw_wide((3, 5, 8, 10), parts, dtype, rows=rows, weight_bias=len(parts) == 2, layout=layout)
     for needs_grad, stats in ((True, True), (False, False)):
-        given = [op.get(name) for name in ("h", "bias", "skip", "skip2", "weight")]
+        given = [op.get(name) for name in ("h", "bias", "skip", "skip2", "weight", "weight_bias")]
         operands = [None if value is None else value.clone().requires_grad_(needs_grad) for value in given]
         torch.library.opcheck(OP, (*operands, None, stats, "auto"))
 
 
-@RESAMPLE
-def test_torch_compile_traces_it_whole(place, resample):
-    op = draw((2, 6, 8, 10), resample, device=place.device)
-    names = tuple(op)
+@FORM
+def test_torch_compile_traces_it_whole(place, resample, skip):
+    op = draw((2, 6, 8, 10), resample, skip=skip, device=place.device)
+    given = {name: value for name, value in op.items() if value is not None}
+    names = tuple(given)
 
     def function(*operands: Tensor) -> tuple[Tensor, Tensor]:
-        given = dict(zip(names, operands, strict=True))
-        y, stats = residual(**given, resample=resample, impl=place.impl)
+        y, stats = residual(**{**op, **dict(zip(names, operands, strict=True))}, resample=resample, impl=place.impl)
         return y * 2, stats + 1
 
-    leaves = [value.requires_grad_() for value in op.values()]
+    leaves = [value.requires_grad_() for value in given.values()]
     upstream = upstream_of(op["h"])
     results = []
     for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
@@ -69,7 +73,7 @@ def test_torch_compile_traces_it_whole(place, resample):
 
 @pytest.mark.parametrize("rows", [(3, 3), (3, 2)], ids=str)
 def test_torch_compile_traces_a_product_whole(place, rows):
-    op = draw_wide((3, 6, 4, 5), (4, 7), rows=rows, device=place.device)
+    op = draw_wide((3, 6, 4, 5), (4, 7), rows=rows, weight_bias=True, device=place.device)
     names = tuple(op)
 
     def function(*operands: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +118,28 @@ ERRORS = {
         ValueError,
         r"h must have fewer than 2\^30 pixels an image, got 32768 x 32768",
     ),
-    "skip_none": ({"skip": None}, TypeError, "skip must be a torch.Tensor, got NoneType"),
+    "skip_list": ({"skip": [1.0]}, TypeError, "skip must be a torch.Tensor, got list"),
+    "skip_left_out": (
+        {"skip": None, "resample": "down"},
+        ValueError,
+        "skip must be given with weight or resample, got None",
+    ),
+    "skip2_without_skip": (
+        {"skip": None, "skip2": torch.zeros(2, 6, 4, 4)},
+        ValueError,
+        "skip2 must be None without weight",
+    ),
+    "weight_without_skip": (
+        {"skip": None, "weight": torch.zeros(6, 6)},
+        ValueError,
+        "skip must be given with weight or resample, got None",
+    ),
+    "weight_bias_alone": ({"weight_bias": torch.zeros(6)}, ValueError, "weight_bias must be None without weight"),
+    "weight_bias_without_skip": (
+        {"skip": None, "weight_bias": torch.zeros(6)},
+        ValueError,
+        "weight_bias must be None without weight",
+    ),
     "skip_shape": (
         {"skip": torch.zeros(2, 6, 4, 5)},
         ValueError,
@@ -185,6 +210,7 @@ def test_errors_name_the_argument(case):
 
 WIDE_ERRORS = {
     "resample": ({"resample": "up"}, ValueError, "resample must be None with weight, got 'up'"),
+    "skip_left_out": ({"skip": None}, ValueError, "skip must be given with weight or resample, got None"),
     "skip_channels": (
         {"skip": torch.zeros(2, 5, 4, 4)},
         ValueError,
@@ -236,13 +262,29 @@ WIDE_ERRORS = {
         ValueError,
         "weight must be on the device of h, cpu, got meta",
     ),
+    "weight_bias_list": ({"weight_bias": [1.0]}, TypeError, "weight_bias must be a torch.Tensor, got list"),
+    "weight_bias_shape": (
+        {"weight_bias": torch.zeros(7)},
+        ValueError,
+        r"weight_bias must have shape \(6,\), got \(7,\)",
+    ),
+    "weight_bias_dtype": (
+        {"weight_bias": torch.zeros(6).half()},
+        TypeError,
+        "weight_bias must be torch.float32, got torch.float16",
+    ),
+    "weight_bias_device": (
+        {"weight_bias": torch.zeros(6, device="meta")},
+        ValueError,
+        "weight_bias must be on the device of h, cpu, got meta",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WIDE_ERRORS)
 def test_errors_of_a_product_name_the_argument(case):
     change, kind, message = WIDE_ERRORS[case]
-    valid = draw_wide((2, 6, 4, 4), (4, 3))
+    valid = draw_wide((2, 6, 4, 4), (4, 3), weight_bias=True)
     with pytest.raises(kind, match=message):
         residual(**{**valid, **change})
     residual(**valid)

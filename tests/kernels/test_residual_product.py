@@ -1,5 +1,7 @@
 """residual whose skip goes through a 1 x 1 convolution of one or two tensors, against torch's in float64"""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from residual_cases import (
     check_rounded,
     check_statistics,
     draw_wide,
+    images_of,
     upstream_of,
     wide_formula,
 )
@@ -22,26 +25,30 @@ from fastdiff_kernels._tuning import num_chunks
 
 KERNEL = pytest.mark.parametrize("place", [INTERPRETER, GPU])  # the reference has no plan
 NAN = float("nan")
-# shape of h, channels of the skips, their rows: neither all different nor all alike, with and without masks of any kind
+# shape of h, channels of the skips, their rows, whether the weight has a bias: neither all different nor all alike,
+# with and without masks of any kind
 CASES = {
-    "one": ((2, 6, 4, 4), (5,), (2,)),
-    "one_shared": ((3, 24, 5, 7), (40,), (2,)),
-    "square": ((2, 16, 8, 8), (16,), (1,)),
-    "two": ((2, 40, 5, 7), (24, 16), (2, 2)),
-    "first_shared": ((3, 5, 4, 6), (3, 7), (2, 3)),
-    "second_shared": ((3, 5, 4, 6), (7, 3), (3, 2)),
-    "both_shared": ((5, 8, 3, 5), (8, 8), (3, 4)),
-    "no_masks": ((2, 64, 8, 8), (64, 128), (2, 1)),
-    "many_channels": ((1, 70, 9, 15), (130, 33), (1, 1)),
-    "one_pixel": ((2, 192, 1, 1), (48, 96), (1, 1)),
+    "one": ((2, 6, 4, 4), (5,), (2,), False),
+    "one_shared": ((3, 24, 5, 7), (40,), (2,), True),
+    "square": ((2, 16, 8, 8), (16,), (1,), False),
+    "two": ((2, 40, 5, 7), (24, 16), (2, 2), True),
+    "first_shared": ((3, 5, 4, 6), (3, 7), (2, 3), False),
+    "second_shared": ((3, 5, 4, 6), (7, 3), (3, 2), True),
+    "both_shared": ((5, 8, 3, 5), (8, 8), (3, 4), True),
+    "no_masks": ((2, 64, 8, 8), (64, 128), (2, 1), True),
+    "many_channels": ((1, 70, 9, 15), (130, 33), (1, 1), True),
+    "one_pixel": ((2, 192, 1, 1), (48, 96), (1, 1), False),
 }
 ALL = pytest.mark.parametrize("case", CASES)
+BIASES = pytest.mark.parametrize(
+    "bias,weight_bias", list(itertools.product(("none", "like_h", "float32"), repeat=2)), ids=str
+)
 SOME = pytest.mark.parametrize("case", ["one_shared", "first_shared", "second_shared"])
 
 
 def draw_case(case, dtype=torch.float32, **options) -> dict[str, Tensor]:
-    shape, parts, rows = CASES[case]
-    return draw_wide(shape, parts, dtype, rows=rows, **options)
+    shape, parts, rows, weight_bias = CASES[case]
+    return draw_wide(shape, parts, dtype, rows=rows, weight_bias=weight_bias, **options)
 
 
 def check_close(y: Tensor, op: dict[str, Tensor], place) -> None:
@@ -49,8 +56,8 @@ def check_close(y: Tensor, op: dict[str, Tensor], place) -> None:
     if place.impl == "reference" and y.dtype == torch.bfloat16:
         products = []
         for name in [name for name in op if name.startswith("skip")]:
-            others = {other: torch.zeros_like(op[other]) for other in op if other not in (name, "bias", "weight")}
-            products.append(wide_formula(**op | others | {"bias": None}).abs())
+            others = {other: torch.zeros_like(op[other]) for other in images_of(op) if other != name}
+            products.append(wide_formula(**op | others | {"bias": None, "weight_bias": None}).abs())
         want = wide_formula(**op)
         assert ((y.double() - want).abs() <= 2.0**-8 * (sum(products) + want.abs()) + 1e-6).all()
     else:
@@ -63,7 +70,7 @@ def launch(place):
     from fastdiff_kernels.jit.projection import plan_projection
 
     def run(op: dict[str, Tensor], y: Tensor, stats: Tensor | None) -> None:
-        given = [op.get(name) for name in ("h", "bias", "skip", "skip2", "weight")]
+        given = [op.get(name) for name in ("h", "bias", "skip", "skip2", "weight", "weight_bias")]
         plan_projection(*given, y, stats).launch()
 
     return run
@@ -90,12 +97,40 @@ def test_float64_stays_float64(case):
     np.testing.assert_allclose(stats, by_chunk(y, stats.shape[2]), rtol=1e-12, atol=1e-13)
 
 
+def draw_biases(bias: str, weight_bias: str, dtype: torch.dtype, device: str) -> dict[str, Tensor | None]:
+    op = draw_case("second_shared", dtype, device=device)
+    for name, kind in (("bias", bias), ("weight_bias", weight_bias)):
+        op[name] = {"none": None, "like_h": op[name].to(dtype), "float32": op[name]}[kind]
+    return op
+
+
+@BIASES
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_may_be_left_out_or_have_the_dtype_of_h(place, dtype):
-    op = draw_case("second_shared", dtype, device=place.device)
-    for bias in (None, op["bias"].to(dtype)):
-        given = {**op, "bias": bias}
-        check_close(residual(**given, impl=place.impl)[0], given, place)
+def test_each_bias_may_be_left_out_or_have_the_dtype_of_h(place, dtype, bias, weight_bias):
+    op = draw_biases(bias, weight_bias, dtype, place.device)
+    check_close(residual(**op, impl=place.impl)[0], op, place)
+
+
+@BIASES
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_bias_gets_a_gradient_of_its_own_dtype(place, dtype, bias, weight_bias):
+    op = draw_biases(bias, weight_bias, dtype, place.device)
+    leaves = {name: op[name].requires_grad_() for name in ("bias", "weight_bias") if op[name] is not None}
+    op["h"].requires_grad_()
+    upstream = upstream_of(op["h"])
+    residual(**op, impl=place.impl)[0].backward(upstream)
+    for value in leaves.values():
+        assert value.grad.dtype == value.dtype
+        check_rounded(value.grad, upstream.double().sum((0, 2, 3)), scale=64.0)
+
+
+def test_a_weight_bias_with_gaps(place):
+    op = draw_case("second_shared", device=place.device)
+    want = residual(**op, impl=place.impl)
+    row = torch.full((15,), NAN, device=place.device)
+    row[2:12:2] = op["weight_bias"]
+    got = residual(**{**op, "weight_bias": row[2:12:2]}, impl=place.impl)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("trailing", [(1,), (1, 1)], ids=["1d", "2d"])
@@ -239,7 +274,7 @@ def test_y_has_the_layout_of_h_whatever_that_of_the_skips(place, layout, of_firs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_views_are_read_within_their_bounds_and_left_alone(place, layout, dtype):
-    op = draw_wide((2, 6, 4, 4), (5, 9), dtype, rows=(2, 1), layout="contiguous", device=place.device)
+    op = draw_wide((2, 6, 4, 4), (5, 9), dtype, rows=(2, 1), weight_bias=True, layout="contiguous", device=place.device)
     views, bases = {}, {}
     for name in ("h", "skip", "skip2"):
         b, c, h, w = op[name].shape
@@ -249,9 +284,10 @@ def test_views_are_read_within_their_bounds_and_left_alone(place, layout, dtype)
     bases["weight"] = torch.full((8, 20), NAN, device=place.device).to(dtype)
     views["weight"] = bases["weight"][1:-1, 4:18]
     views["weight"].copy_(op["weight"])
-    bases["bias"] = torch.full((15,), NAN, device=place.device)
-    views["bias"] = bases["bias"][2:14:2]
-    views["bias"].copy_(op["bias"])
+    for name in ("bias", "weight_bias"):
+        bases[name] = torch.full((15,), NAN, device=place.device)
+        views[name] = bases[name][2:14:2]
+        views[name].copy_(op[name])
     before = {name: base.clone() for name, base in bases.items()}
     y, stats = residual(**views, impl=place.impl)
     assert y.stride() == torch.empty_like(views["h"]).stride()
@@ -319,7 +355,7 @@ def test_gradients(place, case, dtype):
             check_rounded(grad, want, scale=64.0)
 
 
-@pytest.mark.parametrize("wanted", ["h", "bias", "skip", "skip2", "weight"])
+@pytest.mark.parametrize("wanted", ["h", "bias", "skip", "skip2", "weight", "weight_bias"])
 def test_a_single_gradient_can_be_asked_for(wanted):
     op = draw_case("both_shared", torch.float64)
     upstream = upstream_of(op["h"])
@@ -332,7 +368,7 @@ def test_a_single_gradient_can_be_asked_for(wanted):
 @pytest.mark.parametrize("function", [residual, reference.residual], ids=["public", "reference"])
 @pytest.mark.parametrize("parts,rows", [((3,), (2,)), ((2, 3), (3, 2))], ids=str)
 def test_gradcheck(function, parts, rows):
-    op = draw_wide((3, 2, 2, 1), parts, torch.float64, rows=rows)
+    op = draw_wide((3, 2, 2, 1), parts, torch.float64, rows=rows, weight_bias=len(parts) == 2)
     names, leaves = tuple(op), tuple(value.double().requires_grad_() for value in op.values())
 
     def y(*args: Tensor) -> Tensor:
@@ -354,7 +390,9 @@ def test_gradcheck(function, parts, rows):
     ids=str,
 )
 def test_empty(place, shape, parts):
-    op = {name: value.requires_grad_() for name, value in draw_wide(shape, parts, device=place.device).items()}
+    op = draw_wide(shape, parts, weight_bias=True, device=place.device)
+    for value in op.values():
+        value.requires_grad_()
     y, stats = residual(**op, impl=place.impl)
     assert y.shape == shape
     assert stats.shape == (2, shape[0], num_chunks(shape[2] * shape[3]), shape[1])
@@ -364,4 +402,5 @@ def test_empty(place, shape, parts):
     assert torch.equal(op["h"].grad, upstream)
     # a product of no channels is 0
     if not parts[0]:
-        torch.testing.assert_close(y, op["h"] + op["bias"][:, None, None], rtol=0, atol=1e-6)
+        added = op["bias"] + op["weight_bias"]
+        torch.testing.assert_close(y, op["h"] + added[:, None, None], rtol=0, atol=1e-6)

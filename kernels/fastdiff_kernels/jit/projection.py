@@ -118,21 +118,23 @@ def _rule(c: int, c1: int, c2: int, per_chunk: int, chunks: int, half: bool, ful
     block_p = max(16, min(128 if half and full and not rows else 64, power_of_two(per_chunk)))
     block_c = max(16, min(64, power_of_two(c)))
     if not half:
-        # without tensor cores a thread holds 16 channels of both sides
+        # without tensor cores a thread holds 16 channels of both sides, and with them no loads of later stages
         block_c = block_c if full else 16
-        return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
+        warps = max(1, block_p * block_c // 1024) if full else 8
+        return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_K": 16, "num_warps": warps, "num_stages": 1}
     if block_c == 16 and not full:
         block_p = min(block_p, 32)
     # more programs than 32 channels make would read skip more often than they gain from more of the GPU
     if block_c == 64 and (c % 64 or not full or 3 * chunks * -(-c // 64) < PROGRAMS):
         block_c = 32
+    # 16 bytes of h a thread with the 64 threads of an AMD wave; where no access is as wide, fewer addresses
+    held = 512 if full else 256 if block_c > 16 else 128
     block_k = 64 if full and c1 % 64 == c2 % 64 == 0 else 32
     return {
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "BLOCK_K": max(16, min(block_k, power_of_two(max(c1, c2)))),
-        # 16 bytes of h a thread with the 64 threads of an AMD wave
-        "num_warps": max(1, min(8, block_p * block_c // (512 if full else 256))),
+        "num_warps": max(1, min(8, block_p * block_c // held)),
         "num_stages": 4 if block_p <= 64 else 3,
     }
 

@@ -44,8 +44,10 @@ def tile_statistics(x, mask_p, count):
     mean = tl.sum(tl.where(mask_p[:, None], x, 0.0), 0) / count
     # masked before the square: a lane outside would add mean^2
     d = tl.where(mask_p[:, None], x - mean[None, :], 0.0)
-    # the sum of the deviations is what rounding left of a large mean
-    return mean + tl.sum(d, 0) / count, tl.sum(d * d, 0)
+    # the mean of the deviations is what rounding left of a large one
+    rest = tl.sum(d, 0) / count
+    d = tl.where(mask_p[:, None], d - rest[None, :], 0.0)
+    return mean + rest, tl.sum(d * d, 0)
 
 
 @triton.jit
