@@ -102,6 +102,11 @@ def test_an_upload_is_named(device: str) -> None:
         GraphedStep(lambda: x.to(device), [x])
 
 
+def test_numbers_of_another_device_may_be_read() -> None:
+    x, number = torch.ones(3, device="meta"), torch.tensor(2.0)
+    GraphedStep(lambda: x.mul_(float(number)), [x])
+
+
 def test_a_conversion_on_one_device_is_no_upload() -> None:
     x = torch.ones(3)
     GraphedStep(lambda: x.copy_(x.to("cpu", torch.float64)), [x])

@@ -41,6 +41,11 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[GraphedStep]:
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **kwargs)  # type: ignore[arg-type]
             made.append(self)
+            self.replays = 0
+
+        def __call__(self) -> None:
+            self.replays += 1
+            super().__call__()
 
     monkeypatch.setattr(Sampler, "_can_capture", lambda self: True)
     monkeypatch.setattr(fastdiff.step, "GraphedStep", Counted)
@@ -73,6 +78,7 @@ def test_replays_give_the_images_of_an_eager_run(captured, table: str) -> None:
     assert not captured
     images = sampled(table)
     assert len(captured) == (2 if table == "guided in part" else 1)
+    assert sum(graph.replays for graph in captured) == STEPS
     # the eager run has three images, the graph's bucket as many
     assert torch.equal(images, expected)
 
@@ -352,9 +358,11 @@ def test_a_cpu_without_memory_is_out_of_memory_too() -> None:
 
 
 def test_out_of_memory_with_one_image(captured) -> None:
+    sampler = Sampler(a_model(Roomy(1)), steps=STEPS)
+    sampler([1])
     with pytest.raises(OutOfMemoryError, match="not even one image fits") as e:
-        Sampler(a_model(Roomy(0)), steps=STEPS)([1, 2, 3])
-    assert e.value.batch_size == 0
+        sampler([1], 1.5)
+    assert e.value.batch_size == 0 and not sampler._steps
 
 
 @pytest.mark.parametrize("graph", ["auto", False])
@@ -420,8 +428,11 @@ def test_conditioning_is_computed_once_for_all_rows(monkeypatch, limit: int, w) 
         monkeypatch.setattr(model.network, name, counted)
     monkeypatch.setattr(fastdiff.step, "MODULATION_BYTES", limit)
     monkeypatch.setattr(fastdiff.step, "CONDITIONED_AT_ONCE", 10)
-    images = Sampler(model, steps=STEPS, dtype="float64")(labels, w, seed=0)
+    sampler = Sampler(model, steps=STEPS, dtype="float64")
+    images = sampler(labels, w, seed=0)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-10)
     parts = -(-STEPS // (10 // (3 if w == 0.0 else 5)))
+    (step,) = sampler._steps.values()
+    assert len(step.x_net) == 3, "both rows of an image share its x"
     # one more call of each finds their sizes
     assert calls == {"embedding": 1 + parts, "modulation": 1 + (parts if limit else STEPS)}
