@@ -120,7 +120,7 @@ def _rule(c: int, c1: int, c2: int, per_chunk: int, chunks: int, half: bool, ful
     if not half:
         # without tensor cores a thread holds 16 channels of both sides, and with them no loads of later stages
         block_c = block_c if full else 16
-        warps = max(1, block_p * block_c // 1024) if full else 8
+        warps = max(1, block_p * block_c // 1024) if full else 4 if block_p == 64 else 8
         return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_K": 16, "num_warps": warps, "num_stages": 1}
     if block_c == 16 and not full:
         block_p = min(block_p, 32)
