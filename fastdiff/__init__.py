@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fastdiff.diffusion_model import DiffusionModel
     from fastdiff.images import to_uint8
     from fastdiff.noise import image_seeds
-    from fastdiff.sampler import Cancelled, OutOfMemoryError, Sampler, sample
+    from fastdiff.placement import OutOfMemoryError
+    from fastdiff.sampler import Cancelled, Sampler, sample
     from fastdiff.schedule import Schedule
     from fastdiff.solvers import SOLVERS, StepTable
 
@@ -43,7 +44,7 @@ _HOMES = {
     "Cancelled": "sampler",
     "CheckpointError": "checkpoint",
     "DiffusionModel": "diffusion_model",
-    "OutOfMemoryError": "sampler",
+    "OutOfMemoryError": "placement",
     "Sampler": "sampler",
     "Schedule": "schedule",
     "StepTable": "solvers",

@@ -15,12 +15,14 @@ from fastdiff.diffusion_model import DiffusionModel, Network, is_conditioned_apa
 
 __all__ = [
     "DTYPES",
+    "OutOfMemoryError",
     "Placed",
     "addresses",
     "device_of",
     "dtype_of",
     "eval_mode",
     "fingerprint",
+    "is_out_of_memory",
     "placed",
     "preferred_dtype",
     "resolve_device",
@@ -279,3 +281,16 @@ def eval_mode(network: object) -> Iterator[None]:
                     _sampled[module] = users - 1, mode
                 else:
                     module.training = mode
+
+
+class OutOfMemoryError(torch.OutOfMemoryError):
+    """The device's memory does not hold a batch; batch_size is one that was tried and fits, 0 if none does."""
+
+    def __init__(self, message: str, batch_size: int) -> None:
+        super().__init__(message)
+        self.batch_size = batch_size
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also a CPU's, which has no type of its own"""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

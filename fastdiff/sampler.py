@@ -30,10 +30,12 @@ from fastdiff.guidance import (
 )
 from fastdiff.noise import Seed, resolve_seeds
 from fastdiff.placement import (
+    OutOfMemoryError,
     Placed,
     addresses,
     device_of,
     dtype_of,
+    is_out_of_memory,
     preferred_dtype,
     resolve_device,
     resolve_dtype,
@@ -70,16 +72,8 @@ class _Tabled(NamedTuple):
     guided: npt.NDArray[np.bool_]
 
 
-class OutOfMemoryError(torch.OutOfMemoryError):
-    """The device's memory does not hold a batch; batch_size is one that was tried and fits, 0 if none does."""
-
-    def __init__(self, message: str, batch_size: int) -> None:
-        super().__init__(message)
-        self.batch_size = batch_size
-
-
 class Sampler:
-    """Samples one model with one solver again and again; owns its buffers.
+    """Samples one model with one solver again and again; owns its buffers and graphs.
 
     model: a DiffusionModel, a bundled model's name, or a checkpoint's folder.
     steps: network evaluations and their times, see `fastdiff.schedule.timesteps`.
@@ -96,13 +90,16 @@ class Sampler:
     graph: capture a step as a CUDA graph and replay it once a row: "auto" where there is a GPU and the network can be
         captured, with one warning where it cannot; True is a ValueError where it cannot be; False runs eagerly.
         A graph serves batches up to its bucket (1, 2, 3, 4, 6, 8, 12, ... images), shorter ones are padded; the four
-        shapes that were used last are kept.
+        shapes that were used last are kept. Images are bitwise the same in all batches of a bucket.
     check_finite: look for NaN and infinity after every row (one host read a row) and raise FloatingPointError that
         names row and image.
 
     The network is used in place where device, dtype and layout fit, and otherwise through a converted copy, which takes
     over the network's weights and buffers at every call; `fastdiff.load(..., device=)` saves that. Weights that moved
     or were replaced are noticed at every call. Calls from several threads are served in turn.
+
+    Of a network of fastdiff's protocol, time and label conditioning of all rows are computed before the loop: as one
+    table of all blocks' modulations up to 256 MiB, above as one of their embeddings and a product in each step.
 
     Raises ValueError, TypeError or CheckpointError naming the argument, and OutOfMemoryError, after which the memory is
     free again and a smaller call succeeds.
@@ -255,7 +252,7 @@ class Sampler:
                     images[batch.part] = self._run(step, tabled, batch, bar, callback)
                 return images
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 images = step = None  # type: ignore[assignment]
                 why = str(error).splitlines()[0] if str(error) else "out of memory"
@@ -385,7 +382,7 @@ class Sampler:
                 self._try_row(tabled, shape, size, min(size, guided), has_noise, wants_x0)
                 return size
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             finally:
                 self._release()
@@ -481,11 +478,6 @@ def sample(
     return sampler(
         labels, w, num_images=num_images, seed=seed, x_T=x_T, noise=noise, progress=progress, callback=callback
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Also a CPU's, which has no type of its own"""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_row(x: torch.Tensor, table: StepTable, row: int, start: int) -> None:
