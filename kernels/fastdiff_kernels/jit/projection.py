@@ -128,14 +128,15 @@ def _rule(c: int, c1: int, c2: int, per_chunk: int, chunks: int, half: bool, ful
     if block_c == 64 and (c % 64 or not full or 3 * chunks * -(-c // 64) < PROGRAMS):
         block_c = 32
     # 16 bytes of h a thread with the 64 threads of an AMD wave; where no access is as wide, fewer addresses
-    held = 512 if full else 256 if block_c > 16 else 128
+    held = 512 if full else 128
     block_k = 64 if full and c1 % 64 == c2 % 64 == 0 else 32
     return {
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "BLOCK_K": max(16, min(block_k, power_of_two(max(c1, c2)))),
         "num_warps": max(1, min(8, block_p * block_c // held)),
-        "num_stages": 4 if block_p <= 64 else 3,
+        # narrow loads cannot be asynchronous
+        "num_stages": (4 if block_p <= 64 else 3) if full else 1,
     }
 
 
