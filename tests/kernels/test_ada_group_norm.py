@@ -1,5 +1,7 @@
 """ada_group_norm and its specification against float64 formulas that share no code with them"""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -336,3 +338,54 @@ def test_float64_has_no_kernel():
     with pytest.raises(ValueError, match=r"impl='triton' needs x to be .* got torch.float64; use impl='reference'"):
         ada_group_norm(**op, groups=3, impl="triton")
     ada_group_norm(**op, groups=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+@pytest.mark.parametrize("rows, rows2", [(3, None), (5, None), (3, 2)])
+@pytest.mark.parametrize("tile", [1, 100, 2**18])
+def test_large_images_are_normalised_a_few_rows_at_a_time(monkeypatch, dtype, resample, rows, rows2, tile):
+    """On a CPU; a tile is two rows, some, or all; rows of y, and of a second tensor, as everywhere"""
+    module = importlib.import_module("fastdiff_kernels.ada_group_norm")
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return (2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 1).to(dtype)
+
+    x = randn(3, 6, 10, 4).contiguous(memory_format=torch.channels_last)
+    x2 = None if rows2 is None else randn(rows2, 6, 10, 4)
+    c = 6 if x2 is None else 12
+    weight, bias, x_bias, scale, shift = randn(c), randn(c), randn(c), randn(rows, c), randn(rows, c)
+    options = {"groups": 3, "resample": resample, "x_bias": x_bias}
+    exact = reference.ada_group_norm(
+        *(value.double() for value in (x, weight, bias, scale, shift)),
+        **{**options, "x_bias": x_bias.double(), "x2": None if x2 is None else x2[[0, 1, 0]].double()},
+    )
+    monkeypatch.setattr(module, "TILED", 0)
+    monkeypatch.setattr(module, "TILE", tile)
+    y = ada_group_norm(x, weight, bias, scale, shift, **options, x2=x2)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert y.dtype == dtype and y.shape == exact.shape and y.is_contiguous(memory_format=torch.channels_last)
+    assert (y.double() - exact).abs().max() < tolerance * exact.abs().max()
+    # moments for a backward pass are the same, too
+    if dtype == torch.float64 and x2 is None:
+        wide = x.clone().requires_grad_()
+        grad = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        ada_group_norm(wide, weight, bias, scale, shift, **options).backward(grad)
+        monkeypatch.setattr(module, "TILED", 2**60)
+        whole = x.clone().requires_grad_()
+        ada_group_norm(whole, weight, bias, scale, shift, **options).backward(grad)
+        torch.testing.assert_close(wide.grad, whole.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_tile_holds_a_large_mean(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastdiff_kernels.ada_group_norm"), "TILED", 0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 16, 16, generator=generator, dtype=torch.float64) + 1e4
+    weight, bias = torch.ones(8), torch.zeros(8)
+    y = ada_group_norm(x.float(), weight, bias, groups=2, silu=False)
+    exact = reference.ada_group_norm(x, weight.double(), bias.double(), groups=2, silu=False)
+    assert (y - exact).abs().max() < 1e-2
+    x[0, 0, 0, 0] = torch.nan
+    y = ada_group_norm(x.float(), weight, bias, groups=2)
+    assert y[0, :4].isnan().all() and not y[0, 4:].isnan().any() and not y[1].isnan().any()
