@@ -42,11 +42,8 @@ def _forward(
         for plan in plan_ada_group_norm(norm, y, moments if need_moments else None, groups, eps, stats, stats2):
             plan.launch()
         return y, moments
-    if (
-        stats is None
-        and stats2 is None
-        and (x.shape[1] + (0 if x2 is None else x2.shape[1])) * x[0, 0].numel() >= TILED
-    ):
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    if stats is None and stats2 is None and channels * x.shape[2] * x.shape[3] >= TILED:
         y, moments = _in_tiles(x, x2, x_bias, weight, bias, scale, shift, groups, eps, silu, resample)
         return y, moments if need_moments else moments.new_empty(0)
     whole = _whole(x, x2, x_bias)
