@@ -23,6 +23,8 @@ from fastdiff.model import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- networks -->", "<!-- /networks -->"
 NOT_MEASURED = "not measured"
+# of one time p20 and p80 are that time, and equal code would differ
+LEAST_ROUNDS = 3
 
 PROVIDERS = {
     "fastdiff": "fastdiff",
@@ -57,7 +59,9 @@ def latest(rows: Iterable[Row], case: str) -> dict[tuple[str, str], list[Row]]:
 
 
 def times_as_fast(mine: Row, other: Row) -> float | None:
-    """How many times as fast mine is, by medians; None where p20 to p80 overlap"""
+    """How many times as fast mine is, by medians; None where p20 to p80 overlap or are of fewer than LEAST_ROUNDS"""
+    if min(mine["rounds"], other["rounds"]) < LEAST_ROUNDS:
+        return None
     if mine["p80_ms"] < other["p20_ms"] or other["p80_ms"] < mine["p20_ms"]:
         return other["p50_ms"] / mine["p50_ms"]
     return None
@@ -71,7 +75,7 @@ def step_cell(row: Row, mine: Row) -> str:
 
 def need_cell(row: Row, mine: Row) -> str:
     memory = row.get("peak_memory_bytes")
-    return f"{row['first_s']:.3g} s, " + (NOT_MEASURED if memory is None else f"{memory / 1e9:.2f} GB")
+    return f"{row['first_s']:.3g} s" + ("" if memory is None else f", {memory / 1e9:.2f} GB")
 
 
 def gpu_cell(row: Row, mine: Row) -> str:
@@ -123,10 +127,13 @@ def _device(cases: list[list[Row]], backend: str, device: str) -> list[str]:
     threads = f", {every[0]['threads']} threads" if backend == "cpu" else ""
     head = (
         f"{device}{threads}, torch {every[0]['torch']}, commit {', '.join(commits)}: milliseconds a step, medians, and "
-        "how many times as fast fastdiff is where p20 to p80 do not overlap."
+        f"how many times as fast fastdiff is where p20 to p80 of {LEAST_ROUNDS} calls or more do not overlap."
     )
     parts = [head, "\n".join(_lines(cases, step_cell))]
-    parts += ["Seconds to the first images, compiling included, and peak memory:", "\n".join(_lines(cases, need_cell))]
+    parts += [
+        f"Seconds to the first images, compiling included{', and peak memory' * (backend == 'cuda')}:",
+        "\n".join(_lines(cases, need_cell)),
+    ]
     if backend == "cuda":
         parts += ["Launches a step, and energy an image:", "\n".join(_lines(cases, gpu_cell))]
     return parts
