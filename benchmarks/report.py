@@ -17,14 +17,13 @@ from typing import Any
 from benchmarks.networks import CONFIGS
 from benchmarks.registry import ITEM, passes
 from benchmarks.sites import blocks
+from benchmarks.timing import LEAST_ROUNDS
 from fastdiff.evaluation.results import Row, read_rows
 from fastdiff.model import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- networks -->", "<!-- /networks -->"
 NOT_MEASURED = "not measured"
-# of one time p20 and p80 are that time, and equal code would differ
-LEAST_ROUNDS = 3
 
 PROVIDERS = {
     "fastdiff": "fastdiff",

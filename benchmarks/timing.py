@@ -16,6 +16,8 @@ import torch
 Calls = Sequence[Callable[[], object]]
 
 MAX_COPIES = 256
+# of one time p20 and p80 are that time, and equal code would differ
+LEAST_ROUNDS = 3
 # a replay is long against the resolution of events and the start of a graph, but not of one call that is long itself
 MIN_CALLS, MIN_REPLAY_BYTES = 20, 4 * 10**9
 

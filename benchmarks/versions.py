@@ -15,13 +15,13 @@ from torch import Tensor
 
 from benchmarks.networks import STEPS, Call, Case, Problem
 from benchmarks.observe import DeviceMemory
-from benchmarks.timing import percentiles
+from benchmarks.timing import LEAST_ROUNDS, percentiles
 from fastdiff.evaluation.results import Row
 
 if TYPE_CHECKING:
     from benchmarks.conftest import Recorder
 
-# a case ends within ten minutes, but for one round at least
+# a case ends within ten minutes, but for LEAST_ROUNDS
 MAX_ROUNDS = {"cpu": 5, "cuda": 50}
 ROUNDS_S = {"cpu": 345.0, "cuda": 120.0}
 # of images in [-1, 1] against float32: largest difference in float32; in half precision the mean difference is held to
@@ -118,7 +118,7 @@ def take_turns(versions: Mapping[str, Version], device: torch.device, rounds: in
     start = last = time.perf_counter()
     for done in range(min(rounds, MAX_ROUNDS[device.type])):
         now = time.perf_counter()
-        if done and now - start + (now - last) > ROUNDS_S[device.type]:
+        if done >= LEAST_ROUNDS and now - start + (now - last) > ROUNDS_S[device.type]:
             break
         last = now
         for version in versions.values():
