@@ -3,15 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from ._checks import FLOATS, check_bool, check_device, check_dtype, check_int, check_pixels, check_resample, check_shape
+from ._host_norm import HostNorm, in_statistics_dtype
 from ._impl import check_impl, plain, uses_triton
-
-# on a CPU, from so many elements an image on, tiles of about so many
-TILED, TILE = 2**20, 2**18
 
 
 def _forward(
@@ -42,87 +39,19 @@ def _forward(
         for plan in plan_ada_group_norm(norm, y, moments if need_moments else None, groups, eps, stats, stats2):
             plan.launch()
         return y, moments
-    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
-    if stats is None and stats2 is None and channels * x.shape[2] * x.shape[3] >= TILED:
-        y, moments = _in_tiles(x, x2, x_bias, weight, bias, scale, shift, groups, eps, silu, resample)
-        return y, moments if need_moments else moments.new_empty(0)
-    whole = _whole(x, x2, x_bias)
-    if stats is not None and (x2 is None or stats2 is not None):
-        pixels = x.shape[2] * x.shape[3]
-        moments = reference.group_moments(stats, stats2, x_bias, pixels, groups, eps).to(whole.dtype)
-        centred = whole - reference.spread(moments[0], whole)
+    on_host = HostNorm(x, x2, x_bias, weight, bias, scale, shift, groups, eps, silu, resample)
+    if stats is None and stats2 is None and on_host.exceeds_cache():
+        y, moments = _outputs(x, x2, scale, groups, resample, need_moments=True)
+        on_host.through_cache(y, moments)
     else:
-        centred, moments = reference.centre(whole, groups, eps)
-    gain, offset = reference.modulated_affine(weight, bias, scale, shift, whole.dtype)
-    rows = len(x) if scale is None else len(scale)
-    slope = reference.repeat_rows(reference.spread(moments[1], whole), rows) * gain
-    y = reference.repeat_rows(centred, rows).mul_(slope).add_(offset)
-    y = reference.resampled(F.silu(y, inplace=True) if silu else y, resample)
-    return _in_layout(y, _empty_y(x, y.shape, "meta")), moments if need_moments else moments.new_empty(0)
-
-
-def _in_tiles(
-    x: Tensor,
-    x2: Tensor | None,
-    x_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    resample: str | None,
-) -> tuple[Tensor, Tensor]:
-    """y and moments of images larger than a cache: a few rows of one image at a time, wide values staying in it"""
-    b, _, height, width = x.shape
-    y, moments = _outputs(x, x2, scale, groups, resample, need_moments=True)
-    c, wide = y.shape[1], moments.dtype
-    gain, offset = reference.modulated_affine(weight, bias, scale, shift, wide)
-    step = max(2, TILE // (c * width) // 2 * 2)
-    tiles = [slice(start, start + step) for start in range(0, height, step)]
-
-    def tile(n: int, lines: slice) -> Tensor:
-        second = None if x2 is None else x2[n % len(x2), None, :, lines]
-        return _whole(x[n, None, :, lines], second, x_bias)
-
-    for n in range(b):
-        means, m2s, counts = [], [], []
-        for lines in tiles:
-            part = tile(n, lines)
-            counts.append(part.shape[2] * width)
-            means.append(part.sum((2, 3)) / counts[-1])
-            m2s.append((part - means[-1][..., None, None]).square_().sum((2, 3)))
-        # Chan's formula, over tiles and then over the channels of a group
-        count, mean, m2 = torch.tensor(counts, dtype=wide)[:, None], torch.cat(means), torch.cat(m2s)
-        pixels = height * width
-        centre = (count * mean).sum(0) / pixels
-        m2 = (m2 + count * (mean - centre).square()).sum(0)
-        centre, m2 = centre.view(groups, -1), m2.view(groups, -1)
-        group_mean = centre.mean(1)
-        var = m2.mean(1) / pixels + (centre - group_mean[:, None]).square().mean(1)
-        moments[:, n] = torch.stack((group_mean, torch.rsqrt(var + eps)))
-        group_mean, rstd = (reference.spread(value[None], y) for value in moments[:, n])
-        for row in range(n, y.shape[0], b):
-            of_row = row if gain.shape[0] > 1 else 0
-            slope, shifted = rstd * gain[of_row], offset[of_row]
-            for lines in tiles:
-                part = (tile(n, lines) - group_mean).mul_(slope).add_(shifted)
-                part = reference.resampled(F.silu(part, inplace=True) if silu else part, resample)
-                first = {"up": 2 * lines.start, "down": lines.start // 2, None: lines.start}[resample]
-                y[row, None, :, first : first + part.shape[2]].copy_(part)
-    return y, moments
+        y, moments = on_host.at_once(stats, stats2)
+        y = _in_layout(y, _empty_y(x, y.shape, "meta"))
+    return y, moments if need_moments else moments.new_empty(0)
 
 
 def _dense(*operands: Tensor | None) -> list[Any]:
     """The small operands whose strides the kernels do not take; a copy only where one is a view with gaps"""
     return [None if operand is None else operand.contiguous() for operand in operands]
-
-
-def _whole(x: Tensor, x2: Tensor | None, x_bias: Tensor | None) -> Tensor:
-    """[x, x2] + x_bias in the dtype of the statistics"""
-    whole = reference.joined(x, x2).to(torch.promote_types(x.dtype, torch.float32))
-    return whole if x_bias is None else whole + x_bias.to(whole.dtype)[:, None, None]
 
 
 def _empty_y(x: Tensor, shape: torch.Size | tuple[int, ...], device: str | None = None) -> Tensor:
@@ -193,7 +122,7 @@ def _backward(
             plan.launch()
         dx_bias = moments.new_empty(0) if dx_sums is None else dx_sums.sum((0, 1))
         return x.new_empty(0) if dx is None else dx, x.new_empty(0) if dx2 is None else dx2, dx_bias, sums
-    whole = _whole(x, x2, x_bias)
+    whole = in_statistics_dtype(x, x2, x_bias)
     b, rows, groups = len(x), len(g), moments.shape[2]
     mean, rstd = (reference.spread(moment, whole) for moment in moments)
     gain, offset = reference.modulated_affine(weight, bias, scale, shift, whole.dtype)

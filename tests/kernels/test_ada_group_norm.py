@@ -1,7 +1,5 @@
 """ada_group_norm and its specification against float64 formulas that share no code with them"""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from places import NO_TRITON
 from torch import Tensor
 
-from fastdiff_kernels import ada_group_norm, reference
+from fastdiff_kernels import _host_norm, ada_group_norm, reference
 
 IMPLEMENTATIONS = {"public": ada_group_norm, "reference": reference.ada_group_norm}
 # the guided-diffusion networks' channels per group, and two odd ones
@@ -343,10 +341,13 @@ def test_float64_has_no_kernel():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("resample", [None, "up", "down"])
 @pytest.mark.parametrize("rows, rows2", [(3, None), (5, None), (3, 2)])
-@pytest.mark.parametrize("tile", [1, 100, 2**18])
-def test_large_images_are_normalised_a_few_rows_at_a_time(monkeypatch, dtype, resample, rows, rows2, tile):
-    """On a CPU; a tile is two rows, some, or all; rows of y, and of a second tensor, as everywhere"""
-    module = importlib.import_module("fastdiff_kernels.ada_group_norm")
+@pytest.mark.parametrize(
+    "limits",
+    [{"TILED": 0, "TILE": tile} for tile in (1, 100, 2**18)] + [{"BLOCKED": 0, "BLOCK": block} for block in (1, 999)],
+    ids=str,
+)
+def test_what_exceeds_a_cache_is_normalised_in_parts(monkeypatch, dtype, resample, rows, rows2, limits):
+    """A tile is two lines, some, or all, a block one image or some; rows of y, and of a second tensor, as everywhere"""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -361,8 +362,8 @@ def test_large_images_are_normalised_a_few_rows_at_a_time(monkeypatch, dtype, re
         *(value.double() for value in (x, weight, bias, scale, shift)),
         **{**options, "x_bias": x_bias.double(), "x2": None if x2 is None else x2[[0, 1, 0]].double()},
     )
-    monkeypatch.setattr(module, "TILED", 0)
-    monkeypatch.setattr(module, "TILE", tile)
+    for name, limit in limits.items():
+        monkeypatch.setattr(_host_norm, name, limit)
     y = ada_group_norm(x, weight, bias, scale, shift, **options, x2=x2)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert y.dtype == dtype and y.shape == exact.shape and y.is_contiguous(memory_format=torch.channels_last)
@@ -372,14 +373,24 @@ def test_large_images_are_normalised_a_few_rows_at_a_time(monkeypatch, dtype, re
         wide = x.clone().requires_grad_()
         grad = torch.randn(y.shape, generator=generator, dtype=torch.float64)
         ada_group_norm(wide, weight, bias, scale, shift, **options).backward(grad)
-        monkeypatch.setattr(module, "TILED", 2**60)
+        for name in ("TILED", "BLOCKED"):
+            monkeypatch.setattr(_host_norm, name, 2**60)
         whole = x.clone().requires_grad_()
         ada_group_norm(whole, weight, bias, scale, shift, **options).backward(grad)
         torch.testing.assert_close(wide.grad, whole.grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(8, 64, 64, 64), (1, 512, 64, 64)], ids=str)
+def test_only_a_cpu_takes_parts(shape):
+    """Other devices have no such cache, and a launch for every pass"""
+    for device, parts in (("meta", False), ("cpu", True)):
+        x, vector = torch.empty(shape, device=device), torch.empty(shape[1], device=device)
+        norm = _host_norm.HostNorm(x, None, None, vector, vector, None, None, 32, 1e-5, True, None)
+        assert norm.exceeds_cache() == parts
+
+
 def test_a_tile_holds_a_large_mean(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("fastdiff_kernels.ada_group_norm"), "TILED", 0)
+    monkeypatch.setattr(_host_norm, "TILED", 0)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, 16, 16, generator=generator, dtype=torch.float64) + 1e4
     weight, bias = torch.ones(8), torch.zeros(8)
