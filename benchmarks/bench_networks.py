@@ -4,7 +4,7 @@ A case is network-<network>-<device>-<dtype>-n<images>-w<w>; -k takes any part o
 a provider: "fastdiff", the same calls once more as "again", and diffusers as its users run it, or why it is absent.
 Times are milliseconds a step, one evaluation for all images with all that follows it: on a CPU each step of a call, on
 a GPU the mean over a call, between events. Versions take turns, call by call. first_s: constructing or compiling, and
-the first images; setup_s: what of it the second call lacks.
+the first images, before anything else has been run in the case; setup_s: what of it the second call lacks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from benchmarks import network_peers as peers
 from benchmarks import networks
 from benchmarks.networks import STEPS, Case, Network, Ours, Problem
-from benchmarks.observe import energy, launches, limit, why
+from benchmarks.observe import TookTooLong, energy, launches, limit, why
 from benchmarks.versions import (
     Exact,
     as_benchmarked,
+    drawn,
     facts_of,
     leave_out,
     parametrised,
@@ -59,16 +60,17 @@ def measure(case: Case, chosen: list[str] | None, rounds: int, record: Recorder)
     def in_dtype(dtype: torch.dtype) -> Network:
         return peers.as_ours(networks.placed(theirs, problem, dtype, channels_last=False))
 
+    here = networks.placed(unet, problem, channels_last=True)
+    weights = networks.bytes_of(here)
+    # before the checks, which would compile our kernels for us
+    mine, first_images = drawn(lambda: Ours(problem, here), problem, weights)
     errors = networks.check_networks(problem, unet, in_dtype if theirs is not None else None)
     # by hand, and with the other network where there is one
     float32 = networks.placed(unet, problem, torch.float32, channels_last=False)
     images = peers.loop_over(problem, float32 if theirs is None else in_dtype(torch.float32), torch.float32)().cpu()
     del float32
-    unet = networks.placed(unet, problem, channels_last=True)
-    exact = Exact(images, peers.loop_over(problem, unet)())
-    weights = networks.bytes_of(unet)
-
-    mine = started(lambda: Ours(problem, unet), problem, exact, weights)
+    exact = Exact(images, peers.loop_over(problem, here)())
+    mine.error = exact.check(first_images, problem.dtype)
     # the same object called again: what equal code differs by
     versions = {"fastdiff": mine, "again": dataclasses.replace(mine, times=[], calls=[])}
     failed: dict[str, str] = {}
@@ -83,7 +85,7 @@ def measure(case: Case, chosen: list[str] | None, rounds: int, record: Recorder)
                 # on a GPU the version's own copy of the weights is counted with the rest
                 own = weights if case.device == "cpu" else 0
                 versions[name] = started(lambda make=make: make(theirs), problem, exact, own)  # type: ignore[misc]
-        except Exception as error:
+        except (Exception, TookTooLong) as error:
             # a peer that is wrong, or cannot run, is absent
             failed[name] = why(error)
     take_turns(versions, problem.device, rounds)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
 import torch
 
 import fastdiff
+from benchmarks.versions import as_benchmarked
 
 LABELS = [label for label in range(10) for _ in range(4)]
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _as_benchmarked(device: torch.device) -> Iterator[None]:
+    with as_benchmarked(device):
+        yield
 
 
 @cache

@@ -23,7 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--commit", default=None, help="commit to record; default: asks git")
     parser.addoption("--state", default=None, choices=("clean", "dirty"), help="whether the tree differs from it")
     parser.addoption("--results", default=str(RESULTS), help="folder of the rows, or a .jsonl file")
-    parser.addoption("--resume", action="store_true", help="leave out kernel cases that have rows of this commit there")
+    parser.addoption(
+        "--resume",
+        action="store_true",
+        help="leave out cases that have rows of this commit there or in benchmarks/results",
+    )
     parser.addoption(
         "--providers", default=None, help="what kernels are timed beside: eager,compile,copy is everything"
     )
@@ -100,7 +104,9 @@ class Recorder:
         if not self.resume:
             return False
         wanted = facts | self.origin | {"device": device_name(self.device)}
-        return any(all(row.get(k) == v for k, v in wanted.items()) for row in read_rows(self.out, "benchmark"))
+        # also those that came along, where each command has an empty folder for its own
+        rows = (row for out in {self.out, str(RESULTS)} for row in read_rows(out, "benchmark"))
+        return any(all(row.get(k) == v for k, v in wanted.items()) for row in rows)
 
 
 @pytest.fixture

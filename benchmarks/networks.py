@@ -121,7 +121,9 @@ class Ours:
     def __init__(self, problem: Problem, network: nn.Module, **options: Any) -> None:
         self.problem = problem
         self.w = problem.case.w
-        options = {"device": problem.device, "dtype": problem.dtype, **options}
+        # a row of a GPU is one of replays, or there is none
+        graph = True if problem.device.type == "cuda" else "auto"
+        options = {"device": problem.device, "dtype": problem.dtype, "graph": graph, **options}
         self.sampler = Sampler(diffusion(network, problem.config), steps=STEPS, solver="ddim", **options)
 
     def __call__(self, on_row: OnRow = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -97,20 +98,27 @@ class Exact:
         return mean
 
 
-def started(make: Callable[[], Call], problem: Problem, exact: Exact, weights: int) -> Version:
-    """Makes a version and draws its first images, which must be `exact`; weights: bytes that it uses, made before"""
+def drawn(make: Callable[[], Call], problem: Problem, weights: int) -> tuple[Version, Tensor]:
+    """A version and its first images, not checked yet; weights: bytes that it uses, made before"""
     device = problem.device
     with DeviceMemory() if device.type == "cuda" else contextlib.nullcontext() as memory:
         start = time.perf_counter()
         call = make()
         images, _ = timed(call, device)
         first_s = time.perf_counter() - start
-    error = exact.check(images, problem.dtype)
     if isinstance(memory, DeviceMemory):
         held: Row = {"peak_memory_bytes": memory.peak + weights, "reserved_bytes": memory.reserved + weights}
-        return Version(call, error, first_s, held)
-    # what libraries and packed weights take on a CPU, torch does not count
-    return Version(call, error, first_s, {"peak_memory_bytes": None})
+    else:
+        # what libraries and packed weights take on a CPU, torch does not count
+        held = {"peak_memory_bytes": None}
+    return Version(call, float("nan"), first_s, held), images
+
+
+def started(make: Callable[[], Call], problem: Problem, exact: Exact, weights: int) -> Version:
+    """The same with first images that are `exact`"""
+    version, images = drawn(make, problem, weights)
+    version.error = exact.check(images, problem.dtype)
+    return version
 
 
 def take_turns(versions: Mapping[str, Version], device: torch.device, rounds: int) -> None:
@@ -143,8 +151,17 @@ def facts_of(problem: Problem, kind: str, version: Version | None = None) -> Row
 
 
 @contextlib.contextmanager
+def _empty_caches() -> Iterator[None]:
+    """Folders of the body's own for what compilers keep, or first images would come without compiling"""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{folder}/inductor")
+        patch.setenv("TRITON_CACHE_DIR", f"{folder}/triton")
+        yield
+
+
+@contextlib.contextmanager
 def as_benchmarked(device: torch.device) -> Iterator[None]:
-    """float32 is float32 on both sides, cuDNN tries its algorithms, and nothing of an earlier case is left"""
+    """float32 is float32 on both sides, cuDNN tries its algorithms, nothing of an earlier case or process is left"""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     # max-autotune chooses its convolutions, so all may
@@ -154,7 +171,7 @@ def as_benchmarked(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     try:
-        with torch.no_grad():
+        with _empty_caches(), torch.no_grad():
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
