@@ -6,13 +6,14 @@ capture could not hold is refused, and what a caller forgets to fill is poison.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["GraphedStep", "NotCapturable", "Pool"]
+__all__ = ["GraphedStep", "NotCapturable", "Pool", "is_out_of_memory"]
 
 aten = torch.ops.aten
 # what waits for the device to look at its data
@@ -24,6 +25,12 @@ READS = (
 
 class NotCapturable(RuntimeError):
     """The function does something that a graph cannot hold"""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also of a driver that loads a kernel, and of a CPU's allocator, which have no type of their own"""
+    told = isinstance(error, RuntimeError) and any(s in str(error) for s in ("out of memory", "DefaultCPUAllocator"))
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 class Pool:
@@ -64,9 +71,11 @@ def _watch(step: Callable[[], None], device: torch.device) -> None:
     try:
         with _Watched(device):
             step()
-    except (NotCapturable, torch.OutOfMemoryError):
+    except NotCapturable:
         raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # some operators refuse any mode around them; an error of the step's own comes again
         step()
 
@@ -107,28 +116,43 @@ class GraphedStep:
 
 
 def _capture(step: Callable[[], None], pool: Pool, device: torch.device, warmups: int) -> Callable[[], None]:
+    failed = None
     with torch.cuda.device(device):
         caller, side = torch.cuda.current_stream(), pool.stream
         side.wait_stream(caller)
+        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(side):
                 _watch(step, device)
                 for _ in range(warmups - 1):
                     step()
-            graph = torch.cuda.CUDAGraph()
             # other threads may go on using the device
             with torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"):
                 step()
-        except (torch.OutOfMemoryError, NotCapturable):
+        except NotCapturable:
             raise
         except RuntimeError as error:
-            # ending a capture that has failed fails, too, and says less
-            cause = error.__context__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
-            raise NotCapturable(f"{cause}".splitlines()[0]) from error
+            _give_up(pool)
+            failed = _told(error)
         finally:
             # after a failed capture torch leaves its own stream behind
             torch.cuda.set_stream(caller)
             caller.wait_stream(side)
+    if failed is not None:
+        raise failed
     return graph.replay
+
+
+def _give_up(pool: Pool) -> None:
+    """Tells the allocator that a failed capture is over: before torch 2.12 it goes on waiting, and returns no memory"""
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device, pool.handle)
+        torch._C._cuda_releasePool(device, pool.handle)
+
+
+def _told(error: RuntimeError) -> RuntimeError:
+    """A new error, which holds no frames; ending a capture that has failed fails, too, and says less than the first"""
+    first = error.__context__ or error
+    kind = torch.OutOfMemoryError if is_out_of_memory(first) else NotCapturable
+    return kind((str(first) or type(first).__name__).splitlines()[0])

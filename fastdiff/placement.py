@@ -22,7 +22,6 @@ __all__ = [
     "dtype_of",
     "eval_mode",
     "fingerprint",
-    "is_out_of_memory",
     "placed",
     "preferred_dtype",
     "resolve_device",
@@ -289,8 +288,3 @@ class OutOfMemoryError(torch.OutOfMemoryError):
     def __init__(self, message: str, batch_size: int) -> None:
         super().__init__(message)
         self.batch_size = batch_size
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Also a CPU's, which has no type of its own"""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

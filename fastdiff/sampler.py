@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fastdiff.checkpoint import load
-from fastdiff.cuda_graph import NotCapturable, Pool
+from fastdiff.cuda_graph import NotCapturable, Pool, is_out_of_memory
 from fastdiff.diffusion_model import DiffusionModel, Network
 from fastdiff.guidance import (
     GuidancePlan,
@@ -35,7 +35,6 @@ from fastdiff.placement import (
     addresses,
     device_of,
     dtype_of,
-    is_out_of_memory,
     preferred_dtype,
     resolve_device,
     resolve_dtype,

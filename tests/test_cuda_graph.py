@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastdiff.cuda_graph import GraphedStep, NotCapturable
+from fastdiff.cuda_graph import GraphedStep, NotCapturable, _told, is_out_of_memory
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
 
@@ -163,6 +163,49 @@ def test_a_capture_that_fails_leaves_the_device_usable() -> None:
     step.x.fill_(1.0), step.total.zero_(), step.count.zero_()
     replay()
     assert step.total.tolist() == [2.0] * 3
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_holds_no_memory() -> None:
+    x = torch.ones(1, device="cuda")
+
+    def step() -> None:
+        torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+        x.copy_(torch.tensor([1.0], device=x.device))
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        with pytest.raises(NotCapturable):
+            GraphedStep(step, [x])
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() < before + 2**29
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (RuntimeError("Triton Error [CUDA]: out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("operation not permitted\nwhen a stream is capturing"), NotCapturable),
+        (RuntimeError(), NotCapturable),
+    ],
+    ids=str,
+)
+def test_the_first_error_of_a_capture_is_told(error: RuntimeError, kind: type[RuntimeError]) -> None:
+    assert is_out_of_memory(error) == (kind is torch.OutOfMemoryError)
+    assert not is_out_of_memory(ValueError("out of memory"))
+    for raised in (error, _ended_in(error)):
+        told = _told(raised)
+        assert type(told) is kind and told.__context__ is None
+        assert str(told) == (str(error) or "RuntimeError").splitlines()[0]
+
+
+def _ended_in(error: RuntimeError) -> RuntimeError:
+    end = RuntimeError("capture_end failed")
+    end.__context__ = error
+    return end
 
 
 @pytest.mark.gpu

@@ -148,13 +148,26 @@ def test_a_thousand_calls_keep_the_memory_that_the_first_took() -> None:
 def test_out_of_memory_is_typed_and_leaves_the_device_usable() -> None:
     sampler = fastdiff.Sampler(small_model(), steps=2, device="cuda")
     small = sampler([0, 1], 1.5, seed=0)
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    # a state of a quarter of what is free, and several activations of it
-    too_many = free // 4 // (64 * 4)
+    filler = torch.empty(free - 2**31, dtype=torch.uint8, device="cuda")
+    # their label and time embeddings alone are most of what is left
+    too_many = 48_000
     with pytest.raises(fastdiff.OutOfMemoryError, match="batch_size") as e:
         sampler([0] * too_many, 1.5, seed=0)
     assert 0 < e.value.batch_size < too_many
     assert torch.equal(sampler([0, 1], 1.5, seed=0), small)
+    del filler
+
+
+@pytest.mark.gpu
+def test_more_images_than_a_grid_has_rows() -> None:
+    sampler = fastdiff.Sampler(small_model(), steps=1, device="cuda", dtype="float16")
+    few = sampler([1, 2, 3], 1.5, seed=[7, 8, 9])
+    seeds = torch.full((70_000,), 7)
+    seeds[-2:] = torch.tensor([8, 9])
+    many = sampler([1] * 69_998 + [2, 3], 1.5, seed=seeds)
+    assert (many[[0, -2, -1]] - few).abs().max() < 0.05
 
 
 @pytest.mark.gpu

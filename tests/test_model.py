@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdiff.model import PRESETS, UNet, UNetConfig, timestep_embedding
+from fastdiff.model import PRESETS, UNet, UNetConfig, blocks, timestep_embedding
 from fastdiff.model.blocks import AttentionBlock, Downsample, Features, ResBlock, Upsample
 
 TINY = UNetConfig(
@@ -170,7 +170,12 @@ def test_what_both_rows_of_an_image_share_is_computed_once(m: int, scale_shift: 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_attention_is_a_softmax_per_head_of_qkv_rows(heads: int, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("most_rows", [1, blocks.MOST_ROWS])
+def test_attention_is_a_softmax_per_head_of_qkv_rows(
+    monkeypatch: pytest.MonkeyPatch, heads: int, layout: torch.memory_format, most_rows: int
+) -> None:
+    """Also where a batch has more rows than a grid"""
+    monkeypatch.setattr(blocks, "MOST_ROWS", most_rows)
     C, ch = 16, 16 // heads
     block = randomised(AttentionBlock(C, heads, groups=4).double())
     x = torch.randn(2, C, 3, 5, dtype=torch.float64).contiguous(memory_format=layout)

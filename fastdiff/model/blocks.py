@@ -19,6 +19,9 @@ from fastdiff_kernels import ada_group_norm, residual
 
 Conv = TypeVar("Conv", nn.Conv1d, nn.Conv2d)
 
+# rows in a grid of CUDA's attention kernels
+MOST_ROWS = 65_535
+
 
 class Features(NamedTuple):
     """An activation (B, C, H, W), and the chunk statistics that its producer has of it"""
@@ -178,6 +181,14 @@ class ResBlock(nn.Module):
         return joined(u, bias, h, h2, self.skip_connection)
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(ch)) v of (B, heads, L, ch) each"""
+    if len(q) <= MOST_ROWS:
+        return F.scaled_dot_product_attention(q, k, v)
+    parts = zip(*(value.split(MOST_ROWS) for value in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+
+
 class AttentionBlock(nn.Module):
     """h + proj_out(softmax(q k^T / sqrt(ch)) v) over the H * W positions, q, k, v from GN(h)
 
@@ -198,7 +209,7 @@ class AttentionBlock(nn.Module):
         qkv = F.linear(tokens, self.qkv.weight.squeeze(2), self.qkv.bias)
         # ch stays innermost and contiguous: SDPA's fast CPU kernel needs that
         q, k, v = qkv.view(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, ch)
+        a = attention(q, k, v)  # (B, heads, HW, ch)
         a = a.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return joined(h.x, None, Features(a), projection=self.proj_out)
 
