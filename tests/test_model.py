@@ -9,6 +9,7 @@ from torch import nn
 
 from fastdiff.model import PRESETS, UNet, UNetConfig, blocks, timestep_embedding
 from fastdiff.model.blocks import AttentionBlock, Downsample, Features, ResBlock, Upsample
+from fastdiff.model.convolution import Conv2d
 
 TINY = UNetConfig(
     image_size=8,
@@ -259,6 +260,21 @@ def test_every_parameter_gets_a_gradient(changes: dict[str, object]) -> None:
     net = tiny_unet(**changes)
     net(*inputs()).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_biases_can_be_left_to_the_next_op(monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]) -> None:
+    """As on a GPU; also where rows of an image share what comes before the first label"""
+    net = tiny_unet(**changes).double()
+    x, t, y = inputs()
+    embedding = net.embedding(torch.cat((t, t[:2])), torch.cat((y, y[1:])))
+
+    def body() -> torch.Tensor:
+        return net.body(x.double(), net.modulation(embedding))
+
+    expected = body()
+    monkeypatch.setattr(Conv2d, "unbiased", lambda self, x: (self._conv_forward(x, self.weight, None), self.bias))
+    torch.testing.assert_close(body(), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_unconditional_network_takes_no_labels() -> None:
