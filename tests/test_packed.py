@@ -336,3 +336,17 @@ def test_a_packed_network_is_stale_after_a_change_that_the_fingerprint_sees() ->
         assert not torch.allclose(fast(x, t, y), net(x, t, y))
         assert fingerprint(net) != before
         torch.testing.assert_close(packed(net)(x, t, y), net(x, t, y))
+
+
+def test_a_cpu_samples_the_packed_network() -> None:
+    """Also where the network could be used in place: it would cost time and no digit"""
+    net, place = network(), placement.Placed(torch.device("cpu"), None)
+    for _ in range(2):
+        with place.current(net) as running:
+            assert running is not net and any(type(m) is module._PackedConv2d for m in running.modules())
+            first = running
+    through_data(net)
+    with place.current(net) as running:
+        assert running is not first and running is not net
+    with place.current(net) as again:
+        assert again is running

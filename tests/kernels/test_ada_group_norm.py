@@ -343,7 +343,8 @@ def test_float64_has_no_kernel():
 @pytest.mark.parametrize("rows, rows2", [(3, None), (5, None), (3, 2)])
 @pytest.mark.parametrize(
     "limits",
-    [{"TILED": 0, "TILE": tile} for tile in (1, 100, 2**18)] + [{"BLOCKED": 0, "BLOCK": block} for block in (1, 999)],
+    [{"TILED": 0, "TILE": tile} for tile in (1, 100, 2**18)]
+    + [{"BLOCKED": 0, "BLOCK": block} for block in (1, 999, 2000)],
     ids=str,
 )
 def test_what_exceeds_a_cache_is_normalised_in_parts(monkeypatch, dtype, resample, rows, rows2, limits):
