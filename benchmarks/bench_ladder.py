@@ -1,7 +1,8 @@
 """The ladder: what each thing that fastdiff does is worth, from its network with one op at a time to its own step
 
 A case is ladder-<network>-<device>-<dtype>-n<images>-w<w>, a row a rung, the rungs timed in turn; where w is 0, what
-the null half costs that is left out there. Rows are as in bench_networks.py.
+the null half costs that is left out there. Rows are as in bench_networks.py, but that first_s leaves out what was
+compiled for the checks and for earlier rungs.
 """
 
 from __future__ import annotations

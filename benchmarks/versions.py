@@ -161,7 +161,7 @@ def _empty_caches() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_benchmarked(device: torch.device) -> Iterator[None]:
-    """float32 is float32 on both sides, cuDNN tries its algorithms, nothing of an earlier case or process is left"""
+    """float32 is float32 on both sides, cuDNN tries its algorithms, compilers find nothing of an earlier case"""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     # max-autotune chooses its convolutions, so all may

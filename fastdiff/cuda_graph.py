@@ -21,6 +21,7 @@ READS = (
     *(aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select),
     *(aten._unique2, aten.unique_consecutive, aten.unique_dim),
 )
+NO_MEMORY = ("out of memory", "_ALLOC_FAILED", "DefaultCPUAllocator", "bad_alloc")
 
 
 class NotCapturable(RuntimeError):
@@ -28,8 +29,8 @@ class NotCapturable(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also of a driver that loads a kernel, and of a CPU's allocator, which have no type of their own"""
-    told = isinstance(error, RuntimeError) and any(s in str(error) for s in ("out of memory", "DefaultCPUAllocator"))
+    """Also of drivers and libraries that load kernels and want workspaces, and of a CPU's, which have no type for it"""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
@@ -71,13 +72,14 @@ def _watch(step: Callable[[], None], device: torch.device) -> None:
     try:
         with _Watched(device):
             step()
+        return
     except NotCapturable:
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        # some operators refuse any mode around them; an error of the step's own comes again
-        step()
+    # some operators refuse any mode around them; an error of the step's own comes again
+    step()
 
 
 class GraphedStep:
@@ -128,12 +130,17 @@ def _capture(step: Callable[[], None], pool: Pool, device: torch.device, warmups
                     step()
             # other threads may go on using the device
             with torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"):
-                step()
+                try:
+                    step()
+                except RuntimeError as error:
+                    # ending a capture that has failed fails, too, and says less
+                    failed = _told(error)
+                    raise
         except NotCapturable:
             raise
         except RuntimeError as error:
             _give_up(pool)
-            failed = _told(error)
+            failed = failed or _told(error)
         finally:
             # after a failed capture torch leaves its own stream behind
             torch.cuda.set_stream(caller)
@@ -152,7 +159,6 @@ def _give_up(pool: Pool) -> None:
 
 
 def _told(error: RuntimeError) -> RuntimeError:
-    """A new error, which holds no frames; ending a capture that has failed fails, too, and says less than the first"""
-    first = error.__context__ or error
-    kind = torch.OutOfMemoryError if is_out_of_memory(first) else NotCapturable
-    return kind((str(first) or type(first).__name__).splitlines()[0])
+    """What a caller is told: a new error, which holds no frames"""
+    kind = torch.OutOfMemoryError if is_out_of_memory(error) else NotCapturable
+    return kind((str(error) or type(error).__name__).splitlines()[0])

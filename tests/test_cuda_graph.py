@@ -187,25 +187,34 @@ def test_a_capture_that_fails_holds_no_memory() -> None:
     [
         (RuntimeError("Triton Error [CUDA]: out of memory"), torch.OutOfMemoryError),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), torch.OutOfMemoryError),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
         (RuntimeError("operation not permitted\nwhen a stream is capturing"), NotCapturable),
         (RuntimeError(), NotCapturable),
     ],
     ids=str,
 )
-def test_the_first_error_of_a_capture_is_told(error: RuntimeError, kind: type[RuntimeError]) -> None:
+def test_memory_that_runs_out_is_told_from_what_no_graph_can_hold(
+    error: RuntimeError, kind: type[RuntimeError]
+) -> None:
     assert is_out_of_memory(error) == (kind is torch.OutOfMemoryError)
     assert not is_out_of_memory(ValueError("out of memory"))
-    for raised in (error, _ended_in(error)):
-        told = _told(raised)
-        assert type(told) is kind and told.__context__ is None
-        assert str(told) == (str(error) or "RuntimeError").splitlines()[0]
+    told = _told(error)
+    assert type(told) is kind and told.__context__ is None
+    assert str(told) == (str(error) or "RuntimeError").splitlines()[0]
 
 
-def _ended_in(error: RuntimeError) -> RuntimeError:
-    end = RuntimeError("capture_end failed")
-    end.__context__ = error
-    return end
+def test_memory_that_runs_out_behind_a_refused_mode_has_no_other_cause() -> None:
+    """A network with an operator that takes no mode around it"""
+    calls: list[int] = []
+
+    def step() -> None:
+        calls.append(1)
+        raise RuntimeError("refuses modes") if len(calls) == 1 else torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as e:
+        GraphedStep(step, [torch.zeros(1)])
+    assert e.value.__context__ is None
 
 
 @pytest.mark.gpu

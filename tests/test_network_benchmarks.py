@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_ladder, bench_networks, network_peers, networks, observe, versions
+from benchmarks import bench_ladder, bench_networks, conftest, network_peers, networks, observe, versions
 from benchmarks.networks import CONFIGS, STEPS, Case, Ours, Problem
-from fastdiff.evaluation.results import Row, append_row, read_rows
+from benchmarks.timing import LEAST_ROUNDS
+from fastdiff.evaluation.results import Row, append_row, device_name, read_rows
 from fastdiff.model import PRESETS, UNet
 from fastdiff.model.blocks import AttentionBlock
 
@@ -257,6 +259,64 @@ def test_what_takes_too_long_is_stopped_and_what_does_not_is_left_alone() -> Non
     with observe.limit(0.2):
         pass
     time.sleep(0.3)
+
+
+def test_a_slow_case_has_the_fewest_rounds_that_make_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(versions.ROUNDS_S, "cpu", 0.0)
+    for wanted, rounds in ((5, LEAST_ROUNDS), (2, 2)):
+        version = versions.Version(lambda on_row=None: torch.zeros(1), 0.0, 0.0, {})
+        versions.take_turns({"one": version}, torch.device("cpu"), wanted)
+        assert len(version.times) == len(version.calls) == rounds
+
+
+def test_compilers_find_nothing_of_an_earlier_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    for name in names:
+        monkeypatch.setenv(name, "kept")
+    seen: set[str] = set()
+    for _ in range(2):
+        with versions.as_benchmarked(torch.device("cpu")):
+            folders = [Path(os.environ[name]) for name in names]
+            assert not any(folder.exists() for folder in folders)
+            assert seen.isdisjoint(map(str, folders))
+            seen.update(map(str, folders))
+            folders[0].mkdir()
+        assert not folders[0].exists() and all(os.environ[name] == "kept" for name in names)
+
+
+def test_first_images_come_before_the_checks_that_would_compile_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    first_images = versions.drawn
+
+    def drawn(*args: Any) -> Any:
+        order.append("drawn")
+        return first_images(*args)
+
+    def check(*_: object) -> None:
+        order.append("checked")
+        raise RuntimeError("checked")
+
+    monkeypatch.setattr(bench_networks, "drawn", drawn)
+    monkeypatch.setattr(networks, "check_networks", check)
+    with pytest.raises(RuntimeError, match="checked"), torch.no_grad():
+        bench_networks.measure(TOY, [], 1, None)  # type: ignore[arg-type]
+    assert order == ["drawn", "checked"]
+
+
+def test_resuming_sees_rows_that_came_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every command is given an empty folder for its rows"""
+    monkeypatch.setattr(conftest, "RESULTS", tmp_path / "here")
+    record: Any = object.__new__(conftest.Recorder)
+    record.resume, record.origin, record.device = True, {"commit": "c", "dirty": False}, torch.device("cpu")
+    record.out = str(tmp_path / "out")
+    for folder in ("here", "out"):
+        (tmp_path / folder).mkdir()
+        assert not record.has(id=folder)
+        row = {"kind": "benchmark", "id": folder, "device": device_name(record.device), **record.origin}
+        append_row(tmp_path / folder / "rows.jsonl", row)
+        assert record.has(id=folder) and not record.has(id="another")
+    record.resume = False
+    assert not record.has(id="here")
 
 
 def test_energy_of_the_images_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
