@@ -92,8 +92,8 @@ class GraphedStep:
     pool: of graphs that never run at once; default: one of its own.
     warmups: calls before the capture, for what libraries choose and Triton compiles at a first call; one on a CPU.
 
-    Raises NotCapturable, and lets torch.OutOfMemoryError pass; after either nothing is held. ValueError without static
-    tensors.
+    Raises NotCapturable, torch.OutOfMemoryError where a capture runs out of memory, ValueError without static tensors,
+    and whatever step raises when it is warmed up; after any of them nothing is held.
     """
 
     def __init__(
@@ -118,33 +118,35 @@ class GraphedStep:
 
 
 def _capture(step: Callable[[], None], pool: Pool, device: torch.device, warmups: int) -> Callable[[], None]:
-    failed = None
     with torch.cuda.device(device):
         caller, side = torch.cuda.current_stream(), pool.stream
         side.wait_stream(caller)
-        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(side):
                 _watch(step, device)
                 for _ in range(warmups - 1):
                     step()
-            # other threads may go on using the device
-            with torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"):
-                try:
-                    step()
-                except RuntimeError as error:
-                    # ending a capture that has failed fails, too, and says less
-                    failed = _told(error)
-                    raise
-        except NotCapturable:
-            raise
-        except RuntimeError as error:
-            _give_up(pool)
-            failed = failed or _told(error)
+            return _captured(step, pool)
         finally:
             # after a failed capture torch leaves its own stream behind
             torch.cuda.set_stream(caller)
             caller.wait_stream(side)
+
+
+def _captured(step: Callable[[], None], pool: Pool) -> Callable[[], None]:
+    graph, failed = torch.cuda.CUDAGraph(), None
+    try:
+        # other threads may go on using the device
+        with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
+            try:
+                step()
+            except RuntimeError as error:
+                # ending a capture that has failed fails, too, and says less
+                failed = _told(error)
+                raise
+    except RuntimeError as error:
+        _give_up(pool)
+        failed = failed or _told(error)
     if failed is not None:
         raise failed
     return graph.replay

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastdiff.cuda_graph import GraphedStep, NotCapturable, _told, is_out_of_memory
+from fastdiff import cuda_graph
+from fastdiff.cuda_graph import GraphedStep, NotCapturable, Pool, _captured, _told, is_out_of_memory
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
 
@@ -143,10 +148,47 @@ def test_what_only_the_watch_cannot_run_is_let_pass() -> None:
     assert x.tolist() == [1] * 3
 
 
-def test_an_error_of_the_step_is_its_own() -> None:
-    x = torch.ones(3)
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_error_of_the_step_is_its_own(device: str) -> None:
+    x = torch.ones(3, device=device)
     with pytest.raises(ZeroDivisionError):
         GraphedStep(lambda: x.mul_(1 / 0), [x])
+    with pytest.raises(RuntimeError, match="must match the size") as e:
+        GraphedStep(lambda: x.add_(torch.ones(2, device=x.device)), [x])
+    assert not isinstance(e.value, NotCapturable)
+
+
+@pytest.mark.parametrize("end_fails", [False, True])
+@pytest.mark.parametrize(
+    "said, kind",
+    [("not permitted when a stream is capturing", NotCapturable), ("out of memory", torch.OutOfMemoryError)],
+)
+def test_the_first_error_of_a_capture_is_told(
+    monkeypatch: pytest.MonkeyPatch, end_fails: bool, said: str, kind: type[RuntimeError]
+) -> None:
+    """torch's capture stands in; the caller is handling an error of its own, which is no part of this one"""
+    given_up: list[Pool] = []
+
+    class Capture(contextlib.AbstractContextManager[None]):
+        def __init__(self, graph: object, **options: object) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            if end_fails:
+                raise RuntimeError("the capture was invalidated before")
+
+    def step() -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(cuda_graph, "_give_up", given_up.append)
+    pool: Any = SimpleNamespace(handle=(0, 1), stream=None)
+    try:
+        raise MemoryError("of the caller's")
+    except MemoryError:
+        with pytest.raises(kind, match=said) as e:
+            _captured(step, pool)
+    assert type(e.value) is kind and given_up == [pool]
 
 
 @pytest.mark.gpu
