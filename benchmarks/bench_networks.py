@@ -2,9 +2,9 @@
 
 A case is network-<network>-<device>-<dtype>-n<images>-w<w>; -k takes any part of it, and "toy" is for rehearsals. A row
 a provider: "fastdiff", the same calls once more as "again", and diffusers as its users run it, or why it is absent.
-Times are milliseconds a step, one evaluation for all images with all that follows it: on a CPU each step of a call, on
-a GPU the mean over a call, between events. Versions take turns, call by call. first_s: constructing or compiling, and
-the first images, before anything else has been run in the case; setup_s: what of it the second call lacks.
+Times are milliseconds a step, one evaluation for all images with all that follows it: of whole calls, by their steps,
+on a GPU between events. Versions take turns, call by call. first_s: constructing or compiling, and the first images,
+fastdiff's before anything else has been run in the case; setup_s: what of it the second call lacks.
 """
 
 from __future__ import annotations
