@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdiff.checkpoint import CheckpointError, load, save
+    from fastdiff.classifier import Classifier
     from fastdiff.diffusion_model import DiffusionModel
     from fastdiff.images import to_uint8
     from fastdiff.noise import image_seeds
@@ -27,6 +28,7 @@ __all__ = [
     "SOLVERS",
     "Cancelled",
     "CheckpointError",
+    "Classifier",
     "DiffusionModel",
     "OutOfMemoryError",
     "Sampler",
@@ -43,6 +45,7 @@ _HOMES = {
     "SOLVERS": "solvers",
     "Cancelled": "sampler",
     "CheckpointError": "checkpoint",
+    "Classifier": "classifier",
     "DiffusionModel": "diffusion_model",
     "OutOfMemoryError": "placement",
     "Sampler": "sampler",

@@ -21,20 +21,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": {"atomic"},
     "atomic": set(),
     "diffusion_model": {"schedule", "prediction"},
-    "placement": {"diffusion_model"},
+    "classifier": {"schedule"},
+    "variational_bound": {"prediction", "schedule", "solvers"},
+    "placement": {"classifier", "diffusion_model"},
     "cuda_graph": set(),
     "request": {"diffusion_model", "noise", "schedule", "solvers"},
     "step": {"cuda_graph", "diffusion_model", "guidance", "solvers", KERNELS},
     "solvers": {"schedule", "prediction"},
     "model": {KERNELS},
-    "checkpoint": {"atomic", "diffusion_model", "model", "placement", "schedule"},
+    "checkpoint": {"atomic", "classifier", "diffusion_model", "model", "placement", "schedule"},
     "convert": {"diffusion_model", "model", "schedule"},
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
-        *("request", "step", "cuda_graph"),
+        *("request", "step", "cuda_graph", "classifier"),
     },
-    "training": {"atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS},
-    "evaluation": {"sampler", "diffusion_model", "schedule", "prediction"},
+    "training": {
+        *("atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS),
+        *("classifier", "variational_bound"),
+    },
+    "evaluation": {"sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"},
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}
 ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}
