@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import secrets
@@ -20,15 +19,13 @@ import fastdiff
 
 if TYPE_CHECKING:
     from fastdiff.diffusion_model import DiffusionModel
-    from fastdiff.training import TrainConfig
 
-__all__ = ["Doctor", "Evaluate", "Info", "Sample", "Train", "main", "parse_labels"]
+__all__ = ["Doctor", "Evaluate", "Info", "Plot", "Sample", "Train", "main", "parse_labels"]
 
 DEFAULT_OUT = "samples.png"
 DEFAULT_W = 1.5
 MAX_LABELS = MAX_IMAGES = 10**6
 RECIPE = Path(__file__).parent / "assets" / "digits" / "recipe.json"
-RECIPE_KEYS = ("name", "data", "network", "diffusion", "dtype", "storage_dtype", "training")
 
 
 def _option(metavar: str, default: str | None = None, *aliases: str) -> Any:
@@ -168,43 +165,64 @@ class Train:
     def run(self) -> int:
         """Reads the recipe, checks all of it, trains, and says how to sample from the result."""
         from fastdiff import checkpoint, training
-        from fastdiff.placement import resolve_device, resolve_dtype
+        from fastdiff.placement import resolve_device
 
         folder = Path(self.out)
         # a run that ended before its first save leaves a log, and the beginning of a save
         left = [file.name for file in folder.iterdir()] if folder.is_dir() else []
         if not self.resume and [name for name in left if name != "log.jsonl" and not name.startswith(".tmp-")]:
             raise ValueError(f"--out {folder} is not empty; --resume goes on with a run, or give a new folder")
-        recipe, device = _read_recipe(Path(self.recipe)), resolve_device(self.device)
-        storage_dtype = resolve_dtype(recipe["storage_dtype"])
-        config = _train_config(recipe["training"], self.iterations, self.recipe)
-        data = recipe["data"]
-        if data.endswith(".npz"):
-            data = str(Path(self.recipe).parent / data)
-        sections = {key: recipe[key] for key in ("name", "network", "diffusion", "dtype")}
-        model = checkpoint.fresh(sections, seed=config.seed, device=device)
+        recipe = training.read_recipe(self.recipe, self.iterations)
+        data = training.load_data(recipe.data)
+        model = checkpoint.fresh(recipe.sections, seed=recipe.config.seed, device=resolve_device(self.device))
 
-        def draw(step: int, averaged: DiffusionModel) -> None:
-            _sample_grid(averaged, folder / f"samples-{step}.png", config.seed)
+        def draw(step: int, averaged: Any) -> None:
+            _sample_grid(
+                averaged, folder / f"samples-{step}.png", recipe.config.seed, training.extra_of(averaged, data)
+            )
 
         try:
             trained = training.train(
                 model,
-                training.load_data(data),
-                config,
+                data,
+                recipe.config,
                 folder,
                 resume=self.resume,
                 progress=not self.quiet,
-                callback=draw,
+                callback=draw if isinstance(model, fastdiff.DiffusionModel) else None,
             )
         except training.TrainingError as error:
             raise FloatingPointError(str(error)) from error
-        checkpoint.save(trained, folder / "model", overwrite=True, storage_dtype=storage_dtype)
+        checkpoint.save(trained, folder / "model", overwrite=True, storage_dtype=recipe.storage_dtype)
         print(
             folder / "model"
             if self.quiet
             else f"model   {folder / 'model'}\nsample  fastdiff sample {folder / 'model'}"
         )
+        return 0
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the loss of one run, also by quarters of t, or of several."""
+
+    runs: Annotated[Positional[tuple[str, ...]], _option("RUN [RUN ...]")]
+    """Folders of fastdiff train."""
+    out: Annotated[str, _option("FILE", None, "-o")] = "loss.png"
+    """A .png."""
+    force: bool = False
+    """Replace what is there."""
+
+    def run(self) -> int:
+        """Draws, and prints the name of what was written."""
+        from fastdiff import images
+        from fastdiff.training.plot import plot_loss
+
+        if images.check_out(self.out, self.force) != "png":
+            raise ValueError(f"--out must end in .png, got {self.out}")
+        if not self.runs:
+            raise ValueError("RUN must name at least one folder of fastdiff train, got none")
+        print(plot_loss(self.runs, self.out))
         return 0
 
 
@@ -323,6 +341,7 @@ class Doctor:
 Command = (
     Annotated[Sample, subcommand("sample")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[Plot, subcommand("plot")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Doctor, subcommand("doctor")]
@@ -388,45 +407,20 @@ def _first_labels(num_classes: int | None) -> list[int] | None:
     return None if num_classes is None else list(range(min(num_classes, 10)))
 
 
-def _sample_grid(model: DiffusionModel, path: Path, seed: int) -> None:
-    """Two images of each of the first ten classes, the same noise at every call."""
+def _sample_grid(model: DiffusionModel, path: Path, seed: int, extra: dict[str, Any]) -> None:
+    """Two images of each of the first ten classes, the same noise at every call; extra: of the data's images."""
     from fastdiff import images
 
     rows = _first_labels(model.num_classes)
     texts = ["none"] if rows is None else rows
     labels = None if rows is None else [label for label in rows for _ in range(2)]
     w = 0.0 if model.null_label is None else DEFAULT_W
+    n = 2 * len(texts)
+    extra = {name: tensor[[i % len(tensor) for i in range(n)]] for name, tensor in extra.items()}
     sampler = fastdiff.Sampler(model, steps=min(20, model.schedule.num_train_timesteps))
-    pixels = images.to_uint8(sampler(labels, w, num_images=2 * len(texts), seed=seed))
+    pixels = images.to_uint8(sampler(labels, w, num_images=n, seed=seed, extra=extra or None))
     metadata = {"model": model.name, "seed": seed, "labels": labels, "w": w, "steps": len(sampler.timesteps)}
     images.save_png(path, images.grid(pixels, len(texts), 2, texts), metadata, force=True)
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        recipe = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"recipe {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(recipe, dict) or recipe.keys() != set(RECIPE_KEYS):
-        got = sorted(recipe) if isinstance(recipe, dict) else type(recipe).__name__
-        raise ValueError(f"recipe {path} must be an object with the keys {list(RECIPE_KEYS)}, got {got}")
-    if not isinstance(recipe["data"], str):
-        raise TypeError(f"recipe {path}: data must be a string, got {recipe['data']!r}")
-    return recipe
-
-
-def _train_config(fields: Any, iterations: int | None, path: str) -> TrainConfig:
-    from fastdiff.training import TrainConfig
-
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    given = dict(fields) if isinstance(fields, dict) else {"training": fields}
-    if iterations is not None:
-        given["iterations"] = iterations
-    if (unknown := sorted(given.keys() - known)) or "iterations" not in given:
-        raise ValueError(
-            f"recipe {path}: training must have iterations and may have {sorted(known)}, got unknown {unknown}"
-        )
-    return TrainConfig(**given)
 
 
 def _model_facts(info: dict[str, Any]) -> dict[str, Any]:

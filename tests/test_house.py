@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {
         *("atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS),
-        *("classifier", "variational_bound"),
+        *("classifier", "placement", "variational_bound"),
     },
     "evaluation": {"sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"},
 }

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,10 +16,9 @@ from torch import nn
 from fastdiff import checkpoint
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.model.unet import UNet, UNetConfig
-from fastdiff.schedule import Schedule
 from fastdiff.training import Dataset, TrainConfig, TrainingError, digits, train
-from fastdiff.training.losses import Objective, draw, sample_keys
-from fastdiff_kernels import STREAM_TRAINING, philox_normal
+from fastdiff.training.losses import Batch, DiffusionLoss, draw, sample_keys
+from fastdiff.training.timesteps import Uniform
 
 TINY = UNetConfig(
     image_size=8,
@@ -92,48 +90,7 @@ def stop_at(step: int) -> Any:
     return callback
 
 
-# Randomness and loss
-
-
-def test_draws_do_not_depend_on_the_batch_split() -> None:
-    objective = Objective(Schedule.named("linear"), "eps")
-    clean = torch.zeros(12, 1, 4, 4)
-
-    def of(start: int, n: int) -> tuple[torch.Tensor, ...]:
-        keys = sample_keys(5, 100 + start, n)
-        t, dropped = draw(keys, 1000, 0.3)
-        return t, dropped, *objective.noised(clean[:n], keys, t)
-
-    parts = [of(start, n) for start, n in ((0, 1), (1, 7), (8, 4))]
-    for tensor, pieces in zip(of(0, 12), zip(*parts, strict=True), strict=True):
-        assert torch.equal(tensor, torch.cat(pieces))
-
-
-def test_runs_and_samples_share_no_key() -> None:
-    keys = torch.cat([sample_keys(seed, 0, 5000) for seed in (0, 1, 2**63 - 1)])
-    assert len(keys.unique()) == 15000
-
-
-def test_draw_has_the_stated_distributions() -> None:
-    n, T = 20000, 50
-    keys = sample_keys(3, 0, n)
-    t, dropped = draw(keys, T, 0.1)
-    _, eps = Objective(Schedule.named("linear"), "eps").noised(torch.zeros(n, 1, 2, 2), keys, t)
-    counts = t.bincount(minlength=T).double()
-    assert len(counts) == T
-    # chi-squared with 49 degrees of freedom: 5 standard deviations above its mean
-    assert ((counts - n / T) ** 2 / (n / T)).sum() < 49 + 5 * math.sqrt(2 * 49)
-    assert abs(dropped.double().mean() - 0.1) < 5 * math.sqrt(0.09 / n)
-    # neither t nor the label drop may lean on the noise or on one another
-    columns = torch.stack([t.double(), dropped.double(), *eps.flatten(1).double().unbind(1)])
-    correlation = torch.corrcoef(columns) - torch.eye(6)
-    assert correlation.abs().max() < 5 / math.sqrt(n)
-
-
-@pytest.mark.parametrize(("p_uncond", "expected"), [(0.0, False), (1.0, True)])
-def test_p_uncond_extremes_are_exact(p_uncond: float, expected: bool) -> None:
-    dropped = draw(sample_keys(0, 0, 4000), 10, p_uncond)[1]
-    assert (dropped == expected).all()
+# The loop
 
 
 def test_dropped_labels_reach_the_network_as_the_null_label() -> None:
@@ -154,29 +111,6 @@ def test_every_epoch_shows_every_image_once() -> None:
     epochs = torch.cat(model.network.seen).view(4, 20)
     assert [epoch.bincount().tolist() for epoch in epochs] == [[2] * 10] * 4
     assert not torch.equal(epochs[0], epochs[1])
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_loss_is_the_mean_squared_error_of_the_target(prediction: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x0, output = torch.randn(2, 5, 3, 4, 4, generator=generator).unbind(0)
-    keys = sample_keys(1, 0, 5)
-    eps = philox_normal(keys, (3, 4, 4), draw=0, stream=STREAM_TRAINING)
-    t = torch.tensor([0, 1, 400, 900, 999])
-    schedule = Schedule.named("cosine")
-    abar = np.cumprod(1 - schedule.betas)[t.numpy()]
-    objective = Objective(schedule, prediction)
-    x, target = objective.noised(x0, keys, t)
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    losses = objective.loss(output, target)
-    for i in range(5):
-        alpha, sigma = math.sqrt(abar[i]), math.sqrt(1 - abar[i])
-        torch.testing.assert_close(x[i], (alpha * x0[i].double() + sigma * eps[i].double()).float())
-        wanted = {"eps": eps[i], "x0": x0[i], "v": alpha * eps[i] - sigma * x0[i]}[prediction]
-        torch.testing.assert_close(losses[i], ((output[i] - wanted) ** 2).mean())
-
-
-# The loop
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -226,7 +160,10 @@ def test_log_has_a_line_per_interval_and_resume_rewrites_its_tail(tmp_path: Path
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
-        assert line.keys() == {"step", "loss", "grad_norm", "lr", "images_per_s", "seconds"}
+        quarters = {f"loss_q{q}" for q in (1, 2, 3, 4)}
+        assert (
+            line.keys() == {"step", "loss", "mse", "grad_norm", "lr", "skipped", "images_per_s", "seconds"} | quarters
+        )
         assert line["lr"] == config().lr_at(line["step"] - 1)
         assert line["loss"] > 0
         assert line["images_per_s"] > 0
@@ -267,15 +204,13 @@ def test_average_follows_its_formula() -> None:
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_loss_falls(tmp_path: Path, prediction: str) -> None:
     model, data = conv_model(prediction), small_data(16)
-    objective = Objective(model.schedule, prediction)
+    objective = DiffusionLoss(model, config())
     keys = sample_keys(77, 0, 16)
-    t, _ = draw(keys, 1000, 0.0)
-    x, target = objective.noised(data.images, keys, t)
+    batch = Batch(data.images, data.labels, keys, Uniform(1000).choose(draw(keys, 0.0)[0])[0])
 
     def measured(model: DiffusionModel) -> float:
         with torch.no_grad():
-            output = model.network(x, t.float(), data.labels)
-        return float(objective.loss(output, target).mean())
+            return float(objective(model.network, batch).loss.mean())
 
     before = measured(model)
     after = measured(train(model, data, config(iterations=150, lr=1e-2, batch_size=16), None, progress=False))
@@ -323,11 +258,11 @@ def test_not_finite_stops_and_leaves_the_last_save(tmp_path: Path, fault: str) -
             kept["weights"] = bytes(network.out["2"].bias.detach().numpy())
 
     with pytest.raises(TrainingError, match="step 4"):
-        train(model, small_data(), config(), tmp_path, progress=False, callback=poison)
+        train(model, small_data(), config(max_skipped=0), tmp_path, progress=False, callback=poison)
     assert kept.pop("weights") == bytes(network.out["2"].bias.detach().numpy())
     assert len(kept) == 2
     assert {str(path): path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == kept
-    healthy = train(unet_model(), small_data(), config(), tmp_path, resume=True, progress=False)
+    healthy = train(unet_model(), small_data(), config(max_skipped=0), tmp_path, resume=True, progress=False)
     assert all(tensor.isfinite().all() for tensor in weights(healthy).values())
 
 
@@ -348,7 +283,7 @@ def test_not_finite_stops_and_leaves_the_last_save(tmp_path: Path, fault: str) -
             ("lr", math.inf),
             ("lr", "fast"),
             ("warmup", -1),
-            ("decay", "linear"),
+            ("decay", "step"),
             ("final_lr", 1.1),
             ("weight_decay", -0.1),
             ("betas", (0.9, 1.0)),
@@ -361,6 +296,19 @@ def test_not_finite_stops_and_leaves_the_last_save(tmp_path: Path, fault: str) -
             ("seed", -1),
             ("seed", 2**63),
             ("precision", "float16"),
+            ("accumulate", 3),
+            ("accumulate", 0),
+            ("loss", "mse"),
+            ("vlb_weight", 0.0),
+            ("min_snr_gamma", 0.0),
+            ("timesteps", "importance"),
+            ("ema_decay", ()),
+            ("ema_decay", (0.9, 0.9)),
+            ("ema_decay", (0.9, 1.0)),
+            ("max_skipped", -1),
+            ("compile", 1),
+            ("tensorboard", "yes"),
+            ("sample_every", -1),
             ("log_every", -1),
             ("save_every", -5),
         ]
@@ -450,7 +398,7 @@ def test_resume_names_a_bad_state(tmp_path: Path, content: bytes | None) -> None
 @pytest.mark.parametrize(
     ("model", "data", "word"),
     [
-        pytest.param({"variance": "learned_range"}, {}, "variance", id="learned-variance"),
+        pytest.param({"null_model": conv_model()}, {}, "null_model", id="null-model"),
         pytest.param({"null_label": None}, {}, "p_uncond", id="no-null-label"),
         pytest.param({"num_classes": 3}, {}, "classes", id="too-few-classes"),
         pytest.param({}, {"num_classes": None}, "labels", id="no-labels"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Dataset:
     """Images with labels, and where they come from.
 
     images: float32 (N, C, H, W) in [-1, 1]. labels: int64 (N,) in [0, num_classes); all 0 where num_classes is None.
+    extra: what else a network takes of each image, tensors (N, ...) by name; training makes low_res itself.
     ValueError or TypeError names the field that cannot be.
     """
 
@@ -40,6 +42,7 @@ class Dataset:
     name: str
     source: str
     licence: str
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -55,6 +58,11 @@ class Dataset:
         classes = self.num_classes or 1
         if int(labels.min()) < 0 or int(labels.max()) >= classes:
             raise ValueError(f"labels must be in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
+
+        for name, tensor in self.extra.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.shape[:1] != images.shape[:1]:
+                got = getattr(tensor, "shape", type(tensor).__name__)
+                raise ValueError(f"extra must hold tensors of {len(images)} rows, one an image, got {name}: {got}")
 
     def __len__(self) -> int:
         return len(self.images)
