@@ -12,83 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from training_cases import TINY, ConvNet, assert_same, config, conv_model, small_data, stop_at, unet_model, weights
 
 from fastdiff import checkpoint
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.model.unet import UNet, UNetConfig
-from fastdiff.training import Dataset, TrainConfig, TrainingError, digits, train
+from fastdiff.training import Dataset, TrainConfig, TrainingError, train
 from fastdiff.training.losses import Batch, DiffusionLoss, draw, sample_keys
 from fastdiff.training.timesteps import Uniform
-
-TINY = UNetConfig(
-    image_size=8,
-    in_channels=1,
-    out_channels=1,
-    channels=8,
-    channel_mult=(1,),
-    num_blocks=1,
-    attention_resolutions=(),
-    head_channels=8,
-    groups=4,
-    dropout=0.2,
-    num_labels=11,
-)
-
-
-class ConvNet(nn.Module):
-    """The smallest network with the sampler's signature; keeps the labels that it was shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 16, 3, padding=1)
-        self.time = nn.Linear(1, 16)
-        self.label = nn.Embedding(11, 16)
-        self.last = nn.Conv2d(16, 1, 3, padding=1)
-        self.seen: list[torch.Tensor] = []
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        self.seen.append(y.clone())
-        h = self.first(x) + (self.time(t[:, None] / 1000) + self.label(y))[:, :, None, None]
-        return self.last(torch.nn.functional.silu(h))
-
-
-def conv_model(prediction: str = "eps", **options: Any) -> DiffusionModel:
-    torch.manual_seed(0)
-    return DiffusionModel(ConvNet(), "cosine", prediction, image_shape=(1, 8, 8), **options)
-
-
-def unet_model() -> DiffusionModel:
-    torch.manual_seed(0)
-    return DiffusionModel(UNet(TINY), "cosine", "v", image_shape=(1, 8, 8), name="tiny")
-
-
-def small_data(n: int = 20) -> Dataset:
-    whole = digits(size=8)
-    return Dataset(whole.images[:n], whole.labels[:n], 10, "small", "digits", "CC BY 4.0")
-
-
-def config(**fields: Any) -> TrainConfig:
-    return TrainConfig(**{"iterations": 6, "batch_size": 8, "warmup": 2, "save_every": 3, "log_every": 2, **fields})
-
-
-def weights(model: DiffusionModel) -> dict[str, torch.Tensor]:
-    assert isinstance(model.network, nn.Module)
-    return model.network.state_dict()
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
-
-
-def stop_at(step: int) -> Any:
-    def callback(at: int, model: DiffusionModel) -> None:
-        if at == step:
-            raise KeyboardInterrupt
-
-    return callback
-
 
 # The loop
 

@@ -81,7 +81,9 @@ def require_tensorboard() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("tensorboard=True needs TensorBoard; install it with: pip install tensorboard") from None
+        raise ValueError(
+            "tensorboard=True needs TensorBoard; install it with: pip install 'fastdiff[tensorboard]'"
+        ) from None
     return SummaryWriter
 
 
