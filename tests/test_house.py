@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS),
         *("classifier", "placement", "variational_bound"),
     },
-    "evaluation": {"sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"},
+    "evaluation": {"checkpoint", "classifier", "sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"},
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}
 ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}

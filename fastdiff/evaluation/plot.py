@@ -1,7 +1,9 @@
-"""The trade-off over the guidance weight as a picture. Needs matplotlib."""
+"""The trade-off over the strength of guidance as a picture. Needs matplotlib."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 
 __all__ = ["require_matplotlib", "tradeoff"]
 
+STYLES = ({"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "s"}, {"linestyle": "-.", "marker": "^"})
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#777777"
 
 
@@ -21,53 +24,73 @@ def require_matplotlib() -> None:
         raise ValueError("plots need matplotlib; install it with: pip install 'fastdiff[train]'") from None
 
 
-def tradeoff(report: dict[str, Any], path: str | PathLike[str]) -> Path:
-    """Draw an `evaluate` report: accuracy and spread over w on the left, Fréchet distance on the right, 900x350 pixels.
+Report = dict[str, Any]
 
-    Error bars are one standard deviation over seeds; dashed lines are the judge's accuracy on real images and the
-    distance between two real halves. The suffix of path chooses the format. ValueError without matplotlib.
+
+def tradeoff(reports: Report | Mapping[str, Report], path: str | PathLike[str]) -> Path:
+    """Draw `evaluate` reports: accuracy and spread on the left, Fréchet distance on the right, 900x350 pixels a row.
+
+    reports: one, or several of the same data by the names of their samplers. The first row is over w; a second, where a
+    classifier guided, over its scale, which begins with the same point. Error bars are one standard deviation over
+    seeds; dashed lines are the judge's accuracy on real images and the distance between two real halves. The suffix of
+    path chooses the format. ValueError without matplotlib.
     """
-    figure, (left, right) = _figure(9.0, 3.5, 2)
-    points, real = report["points"], report["real"]
-    w = [point["w"] for point in points]
-
-    def curve(axes: Any, name: str, colour: str, marker: str, label: str) -> None:
-        mean, std = ([point[name][part] for point in points] for part in ("mean", "std"))
-        axes.errorbar(w, mean, std, color=colour, marker=marker, markersize=4, capsize=3, linewidth=1.5, label=label)
-
-    curve(left, "accuracy", BLUE, "o", "judge's accuracy")
-    curve(left, "spread_ratio", ORANGE, "s", "within-class spread / real")
-    left.axhline(real["accuracy"]["mean"], color=BLUE, linestyle="--", linewidth=1, label="accuracy on real images")
-    left.axhline(1.0, color=ORANGE, linestyle="--", linewidth=1, label="spread of real images")
-    least = min(point[name]["mean"] for point in points for name in ("accuracy", "spread_ratio"))
-    left.set_ylim(bottom=0.9 * least, top=max(1.02, left.get_ylim()[1]))
-    left.set_title("fidelity and diversity", fontsize=10)
-    curve(right, "frechet", BLUE, "o", "generated against real")
-    sizes = real["frechet_halves"]["sizes"]
-    floor = real["frechet_halves"]["mean"]
-    right.axhline(floor, color=GREY, linestyle="--", linewidth=1, label=f"real halves ({sizes[0]} and {sizes[1]})")
-    right.set_ylim(bottom=0)
-    right.set_title("Fréchet distance (8x8 pooled pixels)", fontsize=10)
-    for axes in (left, right):
-        # the weights crowd near 0; a square root spreads them
-        axes.set_xscale("function", functions=(_root, _square))
-        axes.set_xticks(w, [f"{value:g}" for value in w])
-        axes.set_xlim(-0.002, 1.08 * max(w) or 1.0)
-        axes.set_xlabel("guidance weight w")
-        axes.legend(fontsize=8, frameon=False)
+    named: Mapping[str, Report] = {"": reports} if "points" in reports else reports
+    rows = ["w"] + ["classifier_scale"] * any(report["classifier_points"] for report in named.values())
+    figure, grid = _figure(9.0, 3.5 * len(rows), 2, len(rows))
+    for axes, strength in zip(grid, rows, strict=True):
+        _row(axes, named, strength)
     return _save(figure, path)
 
 
-def _figure(width: float, height: float, columns: int) -> tuple[Any, Any]:
-    """A figure of width x height hundreds of pixels that no display is needed for."""
+def _row(pair: Any, named: Mapping[str, Report], strength: str) -> None:
+    left, right = pair
+    ticks, least = set(), 1.0
+    for (name, report), style in zip(named.items(), STYLES, strict=False):
+        points = report["points"]
+        if strength == "classifier_scale":
+            start = [{**point, strength: 0.0} for point in points if point["w"] == 0]
+            points = [*start, *report["classifier_points"]]
+        ticks.update(point[strength] for point in points)
+        suffix = f", {name}" if name else ""
+        curve = functools.partial(_curve, points, strength, markersize=4, capsize=3, linewidth=1.5, **style)
+        curve(left, "accuracy", color=BLUE, label=f"judge's accuracy{suffix}")
+        curve(left, "spread_ratio", color=ORANGE, label=f"within-class spread / real{suffix}")
+        curve(right, "frechet", color=BLUE, label=name or "generated against real")
+        least = min([least, *(point[kind]["mean"] for point in points for kind in ("accuracy", "spread_ratio"))])
+    real = next(iter(named.values()))["real"]
+    left.axhline(real["accuracy"]["mean"], color=BLUE, linestyle=":", linewidth=1, label="accuracy on real images")
+    left.axhline(1.0, color=ORANGE, linestyle=":", linewidth=1, label="spread of real images")
+    left.set_ylim(bottom=0.9 * least, top=max(1.02, left.get_ylim()[1]))
+    left.set_title("fidelity and diversity", fontsize=10)
+    sizes, floor = real["frechet_halves"]["sizes"], real["frechet_halves"]["mean"]
+    right.axhline(floor, color=GREY, linestyle="--", linewidth=1, label=f"real halves ({sizes[0]} and {sizes[1]})")
+    right.set_ylim(bottom=0)
+    right.set_title("Fréchet distance (8x8 pooled pixels)", fontsize=10)
+    for axes in pair:
+        # the strengths crowd near 0; a square root spreads them
+        axes.set_xscale("function", functions=(_root, _square))
+        axes.set_xticks(sorted(ticks), [f"{value:g}" for value in sorted(ticks)])
+        axes.set_xlim(-0.002, 1.08 * max(ticks) or 1.0)
+        axes.set_xlabel("guidance weight w" if strength == "w" else "classifier scale, at w = 0")
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _curve(points: list[Any], strength: str, axes: Any, figure: str, **style: Any) -> None:
+    mean, std = ([point[figure][part] for point in points] for part in ("mean", "std"))
+    axes.errorbar([point[strength] for point in points], mean, std, **style)
+
+
+def _figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Any, Any]:
+    """A figure of width x height hundreds of pixels that no display is needed for, and its axes (rows, columns)."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns)
-    for each in np.atleast_1d(axes):
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(alpha=0.25)
     return figure, axes

@@ -1,7 +1,8 @@
-"""The report on a class-conditional model: fidelity against diversity over the guidance weight."""
+"""The report on a class-conditional model: fidelity against diversity over the strength of guidance."""
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import math
@@ -14,6 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastdiff.checkpoint import load
+from fastdiff.classifier import Classifier
+from fastdiff.diffusion_model import VARIANCES, DiffusionModel
 from fastdiff.evaluation.criteria import criteria
 from fastdiff.evaluation.figures import mean_std
 from fastdiff.evaluation.real import Labelled, Real
@@ -30,6 +34,7 @@ ROW_KIND, REAL_KIND = "evaluation", "evaluation-real"
 ROW_FORMAT = 1  # raised when a figure changes its meaning: older rows are then measured again
 
 Report = dict[str, Any]
+Point = tuple[float, float, int]  # w, classifier_scale, seed
 
 
 def evaluate(
@@ -42,6 +47,11 @@ def evaluate(
     seeds: Sequence[int] = DEFAULT_SEEDS,
     steps: int | str = "ddim25",
     solver: str = "ddim",
+    variance: str | None = None,
+    classifier: Classifier | str | PathLike[str] | None = None,
+    classifier_scales: Sequence[float] = (),
+    classifier_form: str | None = None,
+    classifier_sha256: str | None = None,
     batch_size: int = 100,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -51,7 +61,7 @@ def evaluate(
     progress: bool = True,
     out: str | PathLike[str] | None = None,
 ) -> Report:
-    """Measure a class-conditional model at each guidance weight; returns a JSON-able report with verdicts.
+    """Measure a class-conditional model at each strength of guidance; returns a JSON-able report with verdicts.
 
     model: a DiffusionModel, a bundled model's name, or a checkpoint's folder.
     real_train, real_heldout: (images float (N, C, H, W) in [-1, 1], labels int (N,)); the judge learns from
@@ -59,17 +69,30 @@ def evaluate(
     weights: guidance weights w >= 0. images: how many at each w and seed; their labels run 0, 1, ..., 0, 1, ...
     seeds: at least two, for the error bars; each (w, seed) draws noise of its own.
     steps, solver, batch_size, device, dtype: as in `fastdiff.Sampler`; "ddim25" is an integer stride, 25 evaluations.
-    model_sha256: identifies the weights. commit, dirty: of the code; commit=None asks git for both.
+    variance: of ddpm's reverse step in place of the model's; None: the model's.
+    classifier, classifier_scales, classifier_form: further points, at w = 0, guided by a classifier of noisy images at
+        each of these scales > 0, as in `fastdiff.sample`.
+    model_sha256, classifier_sha256: identify the weights. commit, dirty: of the code; commit=None asks git for both.
     out: a .jsonl file, or a folder for <date>-<commit>-<device>.jsonl, to which one row a (w, seed) is appended, and
         one of the real images. Rows found there (in any .jsonl of the folder) with the same model_sha256, data and
         settings are not sampled again; without model_sha256 none are reused.
 
     The report has model_sha256, settings, real, points (one a w: mean and std over seeds of each figure of
-    `Real.measure`), criteria and environment; `table` prints it, `plot.tradeoff` draws it. Raises ValueError or
-    TypeError naming the argument, FloatingPointError where the model draws NaN.
+    `Real.measure`), classifier_points (one a scale), criteria and environment; `table` prints it, `plot.tradeoff` draws
+    it. Raises ValueError or TypeError naming the argument, FloatingPointError where the model draws NaN.
     """
-    w_list, seed_list = _checked_weights(weights), _checked_seeds(seeds)
-    sampler = Sampler(model, steps=steps, solver=solver, batch_size=batch_size, device=device, dtype=dtype)
+    w_list, seed_list = _checked_strengths("weights", weights, 0.0), _checked_seeds(seeds)
+    scale_list = _checked_strengths("classifier_scales", classifier_scales, math.ulp(0.0)) if classifier_scales else []
+    if bool(scale_list) != (classifier is not None):
+        raise ValueError("classifier and classifier_scales must be given together, got only one")
+    options: dict[str, Any] = {
+        **{"steps": steps, "solver": solver, "batch_size": batch_size, "device": device, "dtype": dtype}
+    }
+    model = _with_variance(model, variance, solver)
+    sampler = Sampler(model, **options)
+    guided = None
+    if classifier is not None:
+        guided = Sampler(model, classifier=classifier, classifier_form=classifier_form, **options)
     num_classes = sampler.model.num_classes
     if num_classes is None:
         raise ValueError("model must be class-conditional, got one with num_classes=None")
@@ -96,30 +119,40 @@ def evaluate(
         "solver": solver,
         "dtype": str(sampler.dtype).removeprefix("torch."),
     }
+    if solver == "ddpm":
+        settings["variance"] = sampler.model.variance
     identity = {"kind": ROW_KIND, "format": ROW_FORMAT, "model_sha256": model_sha256, **settings}
-    known = _known_rows(out, identity)
+    of_classifier = {"classifier_sha256": classifier_sha256, "classifier_form": classifier_form}
+    known = _known_rows(out, identity, of_classifier)
     labels = np.arange(images) % num_classes
-    points = [(w, seed) for w in w_list for seed in seed_list]
-    rows: dict[tuple[float, int], Report] = {point: known[point] for point in points if point in known}
+    strengths = [*((w, 0.0) for w in w_list), *((0.0, scale) for scale in scale_list)]
+    points = [(w, scale, seed) for w, scale in strengths for seed in seed_list]
+    rows: dict[Point, Report] = {point: known[point] for point in points if point in known}
     reused = len(rows)
     file = None if out is None or reused == len(points) else results_file(out, commit, name)
     with tqdm(points, desc="evaluate", unit="point", initial=reused, disable=not progress) as bar:
-        for w, seed in points:
-            if (w, seed) in rows:
+        for point in points:
+            if point in rows:
                 continue
-            row = {**identity, "w": w, "seed": seed, **_draw_and_measure(sampler, real, labels, w, seed)}
-            rows[w, seed] = {**row, "batch_size": batch_size, **environment}
+            w, scale, seed = point
+            row = {**identity, "w": w, "seed": seed}
+            if guided is not None and scale:
+                row |= {"classifier_scale": scale, **of_classifier}
+            row |= _draw_and_measure(guided if guided is not None and scale else sampler, real, labels, point)
+            rows[point] = {**row, "batch_size": batch_size, **environment}
             if file is not None:
-                append_row(file, rows[w, seed])
+                append_row(file, rows[point])
             bar.update()
 
     real_figures = real.figures()
     data = {"kind": REAL_KIND, "format": ROW_FORMAT, "data_sha256": settings["data_sha256"]}
     if out is not None and not any(data.items() <= row.items() for row in read_rows(out, REAL_KIND)):
         append_row(file or results_file(out, commit, name), {**data, **real_figures, **environment})
-    summary = [
-        {"w": w, **{f: mean_std(np.array([rows[w, seed][f] for seed in seed_list])) for f in FIGURES}} for w in w_list
-    ]
+
+    def summary(w: float, scale: float) -> dict[str, Any]:
+        return {f: mean_std(np.array([rows[w, scale, seed][f] for seed in seed_list])) for f in FIGURES}
+
+    by_weight = [{"w": w, **summary(w, 0.0)} for w in w_list]
     return {
         "model_sha256": model_sha256,
         "settings": {
@@ -129,8 +162,9 @@ def evaluate(
             "seeds": seed_list,
         },
         "real": real_figures,
-        "points": summary,
-        "criteria": criteria(real_figures, summary),
+        "points": by_weight,
+        "classifier_points": [{"classifier_scale": scale, **summary(0.0, scale)} for scale in scale_list],
+        "criteria": criteria(real_figures, by_weight),
         # of the rows, which may be of other days and machines than this call
         "environment": {
             **{key: sorted({str(row.get(key)) for row in rows.values()}) for key in ("batch_size", *environment)},
@@ -150,9 +184,9 @@ def table(report: Report) -> str:
         "| w | accuracy | spread / real | Fréchet distance | near copies | distance to nearest / real |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for p in report["points"]:
+    for p in [*report["points"], *report["classifier_points"]]:
         cells = [
-            f"{p['w']:g}",
+            f"{p['w']:g}" if "w" in p else f"0, classifier_scale {p['classifier_scale']:g}",
             _percent(p["accuracy"]),
             _plus_minus(p["spread_ratio"]),
             _plus_minus(p["frechet"]),
@@ -181,14 +215,29 @@ def table(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw_and_measure(sampler: Sampler, real: Real, labels: np.ndarray, w: float, seed: int) -> Report:
+def _with_variance(model: Model, variance: str | None, solver: str) -> Model:
+    if variance is None:
+        return model
+    if variance not in VARIANCES or solver != "ddpm":
+        raise ValueError(f"variance must be one of {list(VARIANCES)}, with solver='ddpm', got {variance!r}, {solver!r}")
+    model = copy.copy(model if isinstance(model, DiffusionModel) else load(model))
+    if variance == "learned_range" != model.variance:
+        raise ValueError(f"variance='learned_range' needs a model that learned one, got {model.variance!r}")
+    model.variance = variance
+    return model
+
+
+def _draw_and_measure(sampler: Sampler, real: Real, labels: np.ndarray, point: Point) -> Report:
+    w, scale, seed = point
     # a hash, so that no two points share an image's noise, in whatever order they run
-    sampler_seed = int.from_bytes(hashlib.sha256(f"{w!r} {seed}".encode()).digest()[:7])
+    name = f"{w!r} {seed}" + (f" {scale!r}" if scale else "")
+    sampler_seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    strength: dict[str, Any] = {"classifier_scale": scale} if scale else {}
     started = time.perf_counter()
-    images = sampler(labels.tolist(), w, seed=sampler_seed).cpu()
+    images = sampler(labels.tolist(), w, seed=sampler_seed, **strength).cpu()
     seconds = time.perf_counter() - started
     if not torch.isfinite(images).all():
-        raise FloatingPointError(f"the model drew images that are not finite at w = {w:g}, seed {seed}")
+        raise FloatingPointError(f"the model drew images that are not finite at w = {w:g}, {scale = :g}, seed {seed}")
     return {
         **real.measure(images, labels),
         "sampler_seed": sampler_seed,
@@ -198,14 +247,18 @@ def _draw_and_measure(sampler: Sampler, real: Real, labels: np.ndarray, w: float
     }
 
 
-def _known_rows(out: str | PathLike[str] | None, identity: Report) -> dict[tuple[float, int], Report]:
+def _known_rows(out: str | PathLike[str] | None, identity: Report, of_classifier: Report) -> dict[Point, Report]:
     if out is None or identity["model_sha256"] is None:
         return {}
-    return {
-        (row["w"], row["seed"]): row
-        for row in read_rows(out, ROW_KIND)
-        if all(row.get(key) == value for key, value in identity.items())
-    }
+    known = {}
+    for row in read_rows(out, ROW_KIND):
+        scale = row.get("classifier_scale", 0.0)
+        if scale and of_classifier["classifier_sha256"] is None:
+            continue
+        needed = identity | of_classifier if scale else identity
+        if all(row.get(key) == value for key, value in needed.items()):
+            known[row["w"], scale, row["seed"]] = row
+    return known
 
 
 def _plus_minus(figure: Report) -> str:
@@ -216,13 +269,14 @@ def _percent(figure: Report) -> str:
     return f"{100 * figure['mean']:.1f} ± {100 * figure['std']:.1f} %"
 
 
-def _checked_weights(weights: Sequence[float]) -> list[float]:
+def _checked_strengths(name: str, strengths: Sequence[float], least: float) -> list[float]:
     try:
-        values = [float(w) for w in weights]
+        values = [float(value) for value in strengths]
     except (TypeError, ValueError):
-        raise TypeError(f"weights must be a sequence of numbers, got {weights!r}") from None
-    if not values or len(set(values)) != len(values) or not all(math.isfinite(w) and w >= 0 for w in values):
-        raise ValueError(f"weights must be different finite numbers of at least 0, got {weights!r}")
+        raise TypeError(f"{name} must be a sequence of numbers, got {strengths!r}") from None
+    if not values or len(set(values)) != len(values) or not all(math.isfinite(v) and v >= least for v in values):
+        bound = "above 0" if least else "of at least 0"
+        raise ValueError(f"{name} must be different finite numbers {bound}, got {strengths!r}")
     return sorted(values)
 
 
