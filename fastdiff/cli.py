@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -89,6 +89,8 @@ class Sample:
             raise ValueError(f"--images-per-label must be at least 1, got {self.images_per_label}")
         rows = None if self.labels is None else parse_labels(self.labels)
         facts = checkpoint.info(self.model)
+        if "diffusion" not in facts["config"]:
+            raise ValueError(f"model {self.model}: is a classifier, which draws no images; give a diffusion model")
         diffusion = facts["config"]["diffusion"]
         if self.labels is None:
             rows = _first_labels(diffusion["num_classes"])
@@ -182,7 +184,8 @@ class Train:
         if data.endswith(".npz"):
             data = str(Path(self.recipe).parent / data)
         sections = {key: recipe[key] for key in ("name", "network", "diffusion", "dtype")}
-        model = checkpoint.fresh(sections, seed=config.seed, device=device)
+        # what a "diffusion" section describes is one
+        model = cast("DiffusionModel", checkpoint.fresh(sections, seed=config.seed, device=device))
 
         def draw(step: int, averaged: DiffusionModel) -> None:
             _sample_grid(averaged, folder / f"samples-{step}.png", config.seed)
@@ -278,7 +281,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Info:
-    """Show what a model is, or how a picture was made."""
+    """Show what a model or classifier is, or how a picture was made."""
 
     path: Annotated[Positional[str], _option("[MODEL|PICTURE]")] = "digits"
     """A bundled model's name, a checkpoint's folder, or a .png or .npz that fastdiff sample wrote."""
@@ -431,9 +434,11 @@ def _train_config(fields: Any, iterations: int | None, path: str) -> TrainConfig
 
 def _model_facts(info: dict[str, Any]) -> dict[str, Any]:
     config = info["config"]
+    section = "classifier" if "classifier" in config else "diffusion"
     cards = sorted(Path(info["path"]).glob("*.md"))
     return {
         "name": config["name"],
+        "kind": section,
         "path": info["path"],
         "card": str(cards[0]) if cards else None,
         "parameters": info["parameters"],
@@ -441,7 +446,7 @@ def _model_facts(info: dict[str, Any]) -> dict[str, Any]:
         "storage": info["storage"],
         "sha256": info["sha256"],
         "dtype": config["dtype"],
-        **config["diffusion"],
+        **config[section],
         "network": config["network"],
         "provenance": config["provenance"],
     }

@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"cuda_graph", "diffusion_model", "guidance", "solvers", KERNELS},
     "solvers": {"schedule", "prediction"},
     "model": {KERNELS},
-    "checkpoint": {"atomic", "classifier", "diffusion_model", "model", "placement", "schedule"},
+    "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
+    "checkpoint": {"atomic", "classifier", "diffusion_model", "manifest", "placement"},
     "convert": {"diffusion_model", "model", "schedule"},
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
