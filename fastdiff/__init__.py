@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdiff.checkpoint import CheckpointError, load, save
+    from fastdiff.checkpoint import CheckpointError, load, load_classifier, save
     from fastdiff.classifier import Classifier
     from fastdiff.diffusion_model import DiffusionModel
     from fastdiff.images import to_uint8
@@ -36,6 +36,7 @@ __all__ = [
     "StepTable",
     "image_seeds",
     "load",
+    "load_classifier",
     "sample",
     "save",
     "to_uint8",
@@ -53,6 +54,7 @@ _HOMES = {
     "StepTable": "solvers",
     "image_seeds": "noise",
     "load": "checkpoint",
+    "load_classifier": "checkpoint",
     "sample": "sampler",
     "save": "checkpoint",
     "to_uint8": "images",

@@ -86,6 +86,8 @@ class Sample:
             raise ValueError(f"--images-per-label must be at least 1, got {self.images_per_label}")
         rows = None if self.labels is None else parse_labels(self.labels)
         facts = checkpoint.info(self.model)
+        if "diffusion" not in facts["config"]:
+            raise ValueError(f"model {self.model}: is a classifier, which draws no images; give a diffusion model")
         diffusion = facts["config"]["diffusion"]
         if self.labels is None:
             rows = _first_labels(diffusion["num_classes"])
@@ -177,9 +179,8 @@ class Train:
         model = checkpoint.fresh(recipe.sections, seed=recipe.config.seed, device=resolve_device(self.device))
 
         def draw(step: int, averaged: Any) -> None:
-            _sample_grid(
-                averaged, folder / f"samples-{step}.png", recipe.config.seed, training.extra_of(averaged, data)
-            )
+            extra = training.extra_of(averaged, data)
+            _sample_grid(averaged, folder / f"samples-{step}.png", recipe.config.seed, extra)
 
         try:
             trained = training.train(
@@ -296,7 +297,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Info:
-    """Show what a model is, or how a picture was made."""
+    """Show what a model or classifier is, or how a picture was made."""
 
     path: Annotated[Positional[str], _option("[MODEL|PICTURE]")] = "digits"
     """A bundled model's name, a checkpoint's folder, or a .png or .npz that fastdiff sample wrote."""
@@ -425,9 +426,11 @@ def _sample_grid(model: DiffusionModel, path: Path, seed: int, extra: dict[str, 
 
 def _model_facts(info: dict[str, Any]) -> dict[str, Any]:
     config = info["config"]
+    section = "classifier" if "classifier" in config else "diffusion"
     cards = sorted(Path(info["path"]).glob("*.md"))
     return {
         "name": config["name"],
+        "kind": section,
         "path": info["path"],
         "card": str(cards[0]) if cards else None,
         "parameters": info["parameters"],
@@ -435,7 +438,7 @@ def _model_facts(info: dict[str, Any]) -> dict[str, Any]:
         "storage": info["storage"],
         "sha256": info["sha256"],
         "dtype": config["dtype"],
-        **config["diffusion"],
+        **config[section],
         "network": config["network"],
         "provenance": config["provenance"],
     }

@@ -4,50 +4,82 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 
 from fastdiff.checkpoint import CheckpointError, load
+from fastdiff.classifier import Classifier
 from fastdiff.diffusion_model import DiffusionModel
-from fastdiff.model import UNet, UNetConfig
+from fastdiff.manifest import SECTIONS
+from fastdiff.model import (
+    EncoderConfig,
+    EncoderUNet,
+    SuperResolutionConfig,
+    SuperResolutionUNet,
+    UNet,
+    UNetConfig,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x00\x00\x00\x00:~\x9bU"
 SHAPE = (1, 8, 8)
 
+Network = TypeVar("Network", bound=torch.nn.Module)
 
-def unet(seed: int = 0, **fields: Any) -> UNet:
-    small = dict(image_size=8, in_channels=1, out_channels=1, channels=4, channel_mult=(1,), num_blocks=1, groups=2)
-    small |= dict(attention_resolutions=(), num_heads=1, head_channels=None, num_labels=11)
-    network = UNet(UNetConfig(**{**small, **fields}))
+
+SMALL: dict[str, Any] = dict(image_size=8, in_channels=1, channels=4, channel_mult=(1,), num_blocks=1, groups=2)
+SMALL |= dict(attention_resolutions=(), num_heads=1, head_channels=None)
+
+
+def filled(network: Network, seed: int) -> Network:
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     return network
 
 
+def unet(seed: int = 0, **fields: Any) -> UNet:
+    return filled(UNet(UNetConfig(**{**SMALL, "out_channels": 1, "num_labels": 11, **fields})), seed)
+
+
+def upsampler(seed: int = 0, **fields: Any) -> SuperResolutionUNet:
+    options = {**SMALL, "out_channels": 1, "num_labels": 11, "low_res_size": 4, "low_res_channels": 2, **fields}
+    return filled(SuperResolutionUNet(SuperResolutionConfig(**options)), seed)
+
+
+def encoder(seed: int = 0, **fields: Any) -> EncoderUNet:
+    return filled(EncoderUNet(EncoderConfig(**{**SMALL, "out_channels": 10, **fields})), seed)
+
+
 def digits(seed: int = 0, **options: Any) -> DiffusionModel:
     return DiffusionModel(unet(seed), **{"schedule": "cosine", "image_shape": SHAPE, **options})
+
+
+def judge(seed: int = 0, **options: Any) -> Classifier:
+    return Classifier(encoder(seed), **{"schedule": "cosine", "image_shape": SHAPE, **options})
 
 
 MODEL = digits(name="small", provenance={"steps": 7, "betas": [0.9, 0.999]})
 
 
-def state(model: DiffusionModel) -> dict[str, torch.Tensor]:
+def state(model: DiffusionModel | Classifier) -> dict[str, torch.Tensor]:
     return model.network.state_dict()
 
 
-def assert_same_model(loaded: DiffusionModel, saved: DiffusionModel) -> None:
+def assert_same_model(loaded: DiffusionModel | Classifier, saved: DiffusionModel | Classifier) -> None:
+    assert type(loaded) is type(saved) and type(loaded.network) is type(saved.network)
     assert loaded.network.config == saved.network.config
     assert state(loaded).keys() == state(saved).keys()
     for key, tensor in state(saved).items():
         assert torch.equal(state(loaded)[key], tensor), key
         assert state(loaded)[key].dtype == tensor.dtype, key
     assert np.array_equal(loaded.schedule.betas, saved.schedule.betas)
-    for attribute in ("prediction", "variance", "num_classes", "null_label", "image_shape", "clip_x0", "dtype", "name"):
+    fields = SECTIONS["classifier" if isinstance(saved, Classifier) else "diffusion"]
+    for attribute in {*fields, "dtype", "name"} - {"schedule"}:
         assert getattr(loaded, attribute) == getattr(saved, attribute), attribute
     assert loaded.provenance == saved.provenance
 
@@ -83,9 +115,9 @@ def with_header(header: dict[str, Any], body: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
-def refused(src: Path, *words: str, **options: Any) -> str:
+def refused(src: Path, *words: str, by: Callable[..., Any] = load, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load(src, **options)
+        by(src, **options)
     sentence = str(caught.value)
     for word in (str(src), *words):
         assert word in sentence

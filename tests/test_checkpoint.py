@@ -32,6 +32,7 @@ from checkpoints import (
 from fastdiff import checkpoint
 from fastdiff.checkpoint import CheckpointError, atomic_write, info, load, save
 from fastdiff.diffusion_model import DiffusionModel
+from fastdiff.manifest import Manifest
 from fastdiff.schedule import Schedule
 
 
@@ -231,16 +232,16 @@ def test_a_save_that_fails_at_any_call_leaves_one_whole_checkpoint(
 
 
 def test_a_load_overtaken_by_a_save_returns_the_new_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, overtaken = checkpoint._parse, []
+    real, overtaken = Manifest.parse, []
 
     def parse_then_save(text: bytes) -> Any:
-        recipe = real(text)
+        manifest = real(text)
         if not overtaken:
             overtaken.append(True)
             save(digits(1), folder, overwrite=True)
-        return recipe
+        return manifest
 
-    monkeypatch.setattr(checkpoint, "_parse", parse_then_save)
+    monkeypatch.setattr(Manifest, "parse", parse_then_save)
     assert_same_model(load(folder), digits(1))
 
 
@@ -310,7 +311,7 @@ def test_a_model_needs_a_row_of_the_embedding_for_every_label(labels: dict[str, 
 
 
 def test_save_checks_its_arguments(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="model must be a DiffusionModel, got UNet"):
+    with pytest.raises(TypeError, match="model must be a DiffusionModel or a Classifier, got UNet"):
         save(unet(), tmp_path / "m")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"storage_dtype must be one of .* got torch\.int8"):
         save(MODEL, tmp_path / "m", storage_dtype=torch.int8)

@@ -6,7 +6,7 @@ import torch
 
 from fastdiff.convert import unet_from_diffusers, unet_to_diffusers
 from fastdiff.convert.diffusers import _DEFAULTS
-from fastdiff.model import PRESETS, UNet, UNetConfig
+from fastdiff.model import PRESETS, UPSAMPLER_PRESETS, SuperResolutionUNet, UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -208,4 +208,11 @@ def test_networks_that_unet2dmodel_cannot_hold(changes: dict[str, Any], match: s
     fields = {"channels": 16, "channel_mult": (1, 2), "attention_resolutions": (4,), "head_channels": 8, "groups": 4}
     unet = UNet(UNetConfig(image_size=8, num_blocks=1, **{**fields, **changes}))
     with pytest.raises(ValueError, match=match):
+        unet_to_diffusers(unet)
+
+
+def test_unet2dmodel_has_no_second_image() -> None:
+    with torch.device("meta"):
+        unet = SuperResolutionUNet(UPSAMPLER_PRESETS["upsampler-64-256"])
+    with pytest.raises(TypeError, match="unet must be a UNet, got SuperResolutionUNet"):
         unet_to_diffusers(unet)

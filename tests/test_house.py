@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"cuda_graph", "diffusion_model", "guidance", "solvers", KERNELS},
     "solvers": {"schedule", "prediction"},
     "model": {KERNELS},
-    "checkpoint": {"atomic", "classifier", "diffusion_model", "model", "placement", "schedule"},
+    "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
+    "checkpoint": {"atomic", "classifier", "diffusion_model", "manifest", "placement"},
     "convert": {"diffusion_model", "model", "schedule"},
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
@@ -39,7 +40,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS),
         *("classifier", "placement", "variational_bound"),
     },
-    "evaluation": {"checkpoint", "classifier", "sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"},
+    "evaluation": {
+        "checkpoint",
+        "classifier",
+        "sampler",
+        "diffusion_model",
+        "schedule",
+        "prediction",
+        "solvers",
+        "variational_bound",
+    },
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}
 ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}

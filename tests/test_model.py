@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from reference.networks import randomised
 
 from fastdiff.model import PRESETS, UNet, UNetConfig, blocks, timestep_embedding
 from fastdiff.model.blocks import AttentionBlock, Downsample, Features, ResBlock, Upsample
@@ -23,16 +23,6 @@ TINY = UNetConfig(
     num_labels=4,
     groups=4,
 )
-
-
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random: a fresh network is zero and would hide mistakes"""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            fan_in = p[0].numel() if p.ndim > 1 else 4
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / fan_in**0.5)
-    return module.eval()
 
 
 def tiny_unet(dtype: torch.dtype = torch.float32, **changes: object) -> UNet:

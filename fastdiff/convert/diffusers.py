@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.model import UNet, UNetConfig
+from fastdiff.model import SuperResolutionUNet, UNet, UNetConfig
 from fastdiff.model.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 
 # UNet2DModel's defaults: a config of the Hub may leave keys out
@@ -113,7 +113,10 @@ def unet_to_diffusers(unet: UNet) -> tuple[dict[str, Any], dict[str, torch.Tenso
 
     UNet2DModel(**config).load_state_dict(state_dict) takes them; the tensors are copies.
     ValueError: channel_mult[0] other than 1, pooled resampling without ResBlocks, or a head count over several widths.
+    TypeError: a SuperResolutionUNet, whose second image UNet2DModel does not take.
     """
+    if isinstance(unet, SuperResolutionUNet):
+        raise TypeError("unet must be a UNet, got SuperResolutionUNet: UNet2DModel takes no low_res")
     config = _config_to_diffusers(unet.config)
     weights, theirs = unet.state_dict(), {}
     for name, shapes in _layout(unet).items():

@@ -1,6 +1,19 @@
 """The networks that training and sampling share"""
 
+from fastdiff.model.classifier import CLASSIFIER_PRESETS, EncoderConfig, EncoderUNet
 from fastdiff.model.embeddings import timestep_embedding
+from fastdiff.model.super_resolution import UPSAMPLER_PRESETS, SuperResolutionConfig, SuperResolutionUNet
 from fastdiff.model.unet import PRESETS, UNet, UNetConfig
 
-__all__ = ["PRESETS", "UNet", "UNetConfig", "timestep_embedding"]
+__all__ = [
+    "CLASSIFIER_PRESETS",
+    "PRESETS",
+    "UPSAMPLER_PRESETS",
+    "EncoderConfig",
+    "EncoderUNet",
+    "SuperResolutionConfig",
+    "SuperResolutionUNet",
+    "UNet",
+    "UNetConfig",
+    "timestep_embedding",
+]

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from fastdiff.model.blocks import AdaGroupNorm, AttentionBlock, Downsample, Features, ResBlock, Stage, Upsample
 from fastdiff.model.convolution import Conv2d
+from fastdiff.model.super_resolution import SuperResolutionUNet
 from fastdiff.model.unet import UNet
 
 __all__ = ["packed"]
 
 _KNOWN = {
-    *(AdaGroupNorm, AttentionBlock, Conv2d, Downsample, ResBlock, Stage, UNet, Upsample),
+    *(AdaGroupNorm, AttentionBlock, Conv2d, Downsample, ResBlock, Stage, SuperResolutionUNet, UNet, Upsample),
     *(nn.AvgPool2d, nn.Conv1d, nn.Embedding, nn.Identity, nn.Linear, nn.ModuleDict, nn.ModuleList),
     *(nn.Sequential, nn.SiLU),
 }
@@ -36,9 +37,9 @@ _MAX_SCORES = 1 << 20
 def packed(network: nn.Module) -> nn.Module:
     """A UNet with the same methods and results for inference, or the network itself where there is nothing to gain
 
-    It is the network that is given back where it is no plain UNet in evaluation mode, with parameters on a CPU that
-    are all float32 or all bfloat16, or where torch has no oneDNN for them. The network stays as it is and can still
-    be trained; a change of its weights makes the packed one stale. Takes any batch, H and W.
+    It is the network that is given back where it is no plain UNet or SuperResolutionUNet in evaluation mode, with
+    parameters on a CPU that are all float32 or all bfloat16, or where torch has no oneDNN for them. The network stays
+    as it is and can still be trained; a change of its weights makes the packed one stale. Takes any batch, H and W.
     """
     if not isinstance(network, UNet) or not _packs(network):
         return network

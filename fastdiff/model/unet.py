@@ -1,189 +1,48 @@
 """The ADM U-Net (Dhariwal & Nichol 2021, 2105.05233), one code for training and sampling"""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdiff.model.blocks import (
-    AdaGroupNorm,
-    AttentionBlock,
-    Downsample,
-    ResBlock,
-    Stage,
-    Upsample,
-    joined,
-    zero_init,
-)
+from fastdiff.model.blocks import AdaGroupNorm, Stage, zero_init
 from fastdiff.model.convolution import Conv2d
-from fastdiff.model.embeddings import timestep_embedding
+from fastdiff.model.trunk import Trunk, TrunkConfig, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
-    """Everything that fixes a UNet's architecture; ValueError or TypeError names the field that cannot be
+class UNetConfig(TrunkConfig):
+    """Everything that fixes a UNet's architecture: TrunkConfig's fields, and
 
-    image_size: side in pixels of the images it is made for, divisible by 2 ** (levels - 1).
     out_channels: in_channels, or twice that with a learned variance.
-    channels, channel_mult: width of level i is int(channel_mult[i] * channels), a multiple of groups.
-    num_blocks: ResBlocks a level on the way down (one more on the way up).
-    attention_resolutions: sides in pixels at which ResBlocks are followed by attention; the middle always has one.
-    num_heads, head_channels: exactly one is set, the other None: a constant head count, or a constant head width.
+    num_blocks: ResBlocks a level on the way down, one more on the way up.
     num_labels: rows of label_emb, the null row included (num_classes + 1 with guidance); None: no labels.
-    scale_shift: modulate by norm(h) * (1 + scale) + shift; otherwise the embedding is added before the norm.
-    resblock_updown: resample inside a ResBlock; otherwise by convolution (conv_resample) or by pooling and copying.
-    gradient_checkpointing: keep no activations inside blocks, recompute them in the backward pass.
     """
 
-    image_size: int
-    in_channels: int = 3
-    out_channels: int = 3
-    channels: int = 192
-    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
-    num_blocks: int = 3
-    attention_resolutions: tuple[int, ...] = (32, 16, 8)
-    num_heads: int | None = None
-    head_channels: int | None = 64
     num_labels: int | None = None
-    dropout: float = 0.0
-    resblock_updown: bool = True
-    conv_resample: bool = True
-    scale_shift: bool = True
-    groups: int = 32
-    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("channel_mult", "attention_resolutions"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple | list):
-                raise TypeError(f"{name} must be a sequence of numbers, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        for name in ("image_size", "in_channels", "out_channels", "channels", "num_blocks", "groups"):
-            _check_positive(name, getattr(self, name))
-        for name in ("num_heads", "head_channels", "num_labels"):
-            if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
-        for name in ("resblock_updown", "conv_resample", "scale_shift", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
-        if not self.channel_mult or any(
-            isinstance(m, bool) or not isinstance(m, int | float) or m <= 0 for m in self.channel_mult
-        ):
-            raise ValueError(f"channel_mult must hold one positive number a level, got {self.channel_mult!r}")
-        self._check_sizes()
-
-    def _check_sizes(self) -> None:
-        stride = 2 ** (len(self.channel_mult) - 1)
-        if self.image_size % stride:
-            raise ValueError(
-                f"image_size must be divisible by {stride} for {len(self.channel_mult)} levels (channel_mult), "
-                f"got {self.image_size}; use fewer levels"
-            )
-        if self.channels % 2:
-            raise ValueError(f"channels must be even (cosines and sines of the time), got {self.channels}")
-        for width in self.widths:
-            if width == 0 or width % self.groups:
-                raise ValueError(
-                    f"groups must divide the width of every level, got groups={self.groups} and widths {self.widths}; "
-                    "change groups, channels or channel_mult"
-                )
-        unknown = sorted(set(self.attention_resolutions) - set(self.resolutions))
-        if unknown:
-            raise ValueError(
-                f"attention_resolutions must be among the levels' resolutions {self.resolutions}, got {unknown}; "
-                "they are sides in pixels, not downsampling factors"
-            )
-        if (self.num_heads is None) == (self.head_channels is None):
-            raise ValueError(
-                "exactly one of num_heads and head_channels must be set, the other None, "
-                f"got num_heads={self.num_heads} and head_channels={self.head_channels}"
-            )
-        levels = zip(self.widths, self.resolutions, strict=True)
-        for width in [w for w, side in levels if side in self.attention_resolutions] + [self.widths[-1]]:
-            name = "num_heads" if self.head_channels is None else "head_channels"
-            if width % getattr(self, name):
-                raise ValueError(
-                    f"{name} must divide the width of every level with attention and of the last one, "
-                    f"got {name}={getattr(self, name)} at width {width}"
-                )
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level"""
-        return tuple(int(m * self.channels) for m in self.channel_mult)
-
-    @property
-    def resolutions(self) -> tuple[int, ...]:
-        """Side in pixels of each level"""
-        return tuple(self.image_size // 2**i for i in range(len(self.channel_mult)))
-
-    def heads(self, width: int) -> int:
-        """Attention heads at a width"""
-        return self.num_heads if self.num_heads is not None else width // (self.head_channels or width)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON's own types; from_dict gives the config back"""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The config of a to_dict; ValueError lists unknown and missing keys"""
-        expected = {f.name for f in dataclasses.fields(cls)}
-        unknown, missing = sorted(set(fields) - expected), sorted(expected - set(fields))
-        if unknown or missing:
-            raise ValueError(f"UNetConfig has unknown keys {unknown} and lacks keys {missing}")
-        return cls(**fields)
+        if self.num_labels is not None:
+            check_positive("num_labels", self.num_labels)
+        super().__post_init__()
 
 
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-class UNet(nn.Module):
+class UNet(Trunk):
     """The network of ADM: (x, t, y) -> eps, or eps and the variance interpolation with twice the channels
 
-    Parameters have guided-diffusion's names and shapes, save that the emb_layers.1 of all ResBlocks are one Linear,
-    `mod`: its rows are theirs, in the order of mod_layout. A fresh network returns exactly zero.
-    Activations are channels_last and in the parameters' dtype; `.to(memory_format=torch.channels_last)` the module.
+    A fresh network returns exactly zero.
     """
 
+    config: UNetConfig
+
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.num_labels)
         self.num_labels = config.num_labels
-        emb_channels = 4 * config.channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(config.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-        )
-        if config.num_labels is not None:
-            self.label_emb = nn.Embedding(config.num_labels, emb_channels)
-        widths = config.widths
-        ch = widths[0]
-        skips = [ch]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(config.in_channels, ch, 3, padding=1)])])
-        for level, width in enumerate(widths):
-            for _ in range(config.num_blocks):
-                self.input_blocks.append(Stage([self._res_block(ch, width), *self._attention(level)]))
-                ch = width
-                skips.append(ch)
-            if level < len(widths) - 1:
-                self.input_blocks.append(Stage([self._resample(ch, "down")]))
-                skips.append(ch)
-
-        self.middle_block = Stage(
-            [self._res_block(ch, ch), AttentionBlock(ch, config.heads(ch), config.groups), self._res_block(ch, ch)]
-        )
-
+        skips = list(self.input_widths)
+        ch = config.widths[-1]
         self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
+        for level, width in reversed(list(enumerate(config.widths))):
             for i in range(config.num_blocks + 1):
                 layers = [self._res_block(ch + skips.pop(), width), *self._attention(level)]
                 ch = width
@@ -192,38 +51,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(layers))
         conv_out = zero_init(Conv2d(ch, config.out_channels, 3, padding=1))
         self.out = nn.ModuleDict({"0": AdaGroupNorm(ch, config.groups), "2": conv_out})
-
-        self.mod_layout = tuple((name, m.mod_rows) for name, m in self.named_modules() if isinstance(m, ResBlock))
-        self.mod = nn.Linear(emb_channels, sum(rows for _, rows in self.mod_layout))
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.gradient_checkpointing = config.gradient_checkpointing
-
-    def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
-        config = self.config
-        return ResBlock(
-            channels,
-            out_channels,
-            groups=config.groups,
-            dropout=config.dropout,
-            scale_shift=config.scale_shift,
-            resample=resample,
-        )
-
-    def _attention(self, level: int) -> list[nn.Module]:
-        config, width = self.config, self.config.widths[level]
-        if config.resolutions[level] not in config.attention_resolutions:
-            return []
-        return [AttentionBlock(width, config.heads(width), config.groups)]
-
-    def _resample(self, channels: int, direction: str) -> nn.Module:
-        if self.config.resblock_updown:
-            return self._res_block(channels, channels, resample=direction)
-        return (Upsample if direction == "up" else Downsample)(channels, conv=self.config.conv_resample)
-
-    @property
-    def conv_first(self) -> Conv2d:
-        return cast(Conv2d, cast(nn.ModuleList, self.input_blocks[0])[0])
+        self._add_modulation()
 
     def embedding(self, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """silu(time embedding + label embedding), (B, 4 * channels): what the modulation is a product of
@@ -233,8 +61,7 @@ class UNet(nn.Module):
         if (y is None) != (self.config.num_labels is None):
             expected = "None" if self.config.num_labels is None else f"labels in [0, {self.config.num_labels})"
             raise ValueError(f"y must be {expected} for num_labels={self.config.num_labels}, got {y}")
-        features = timestep_embedding(t, self.config.channels)
-        emb = self.time_embed(features.to(self.mod.weight.dtype))
+        emb = self._embedded_time(t)
         if y is not None:
             emb = emb + self.label_emb(y)
         return F.silu(emb)
@@ -249,25 +76,15 @@ class UNet(nn.Module):
         M in [0, N]: row N + j is image j under a modulation of its own, and what no modulation has reached yet is
         computed once for both. H and W may differ from image_size but are multiples of 2 ** (levels - 1).
         """
-        stride = 2 ** (len(self.config.channel_mult) - 1)
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % stride or x.shape[3] % stride:
-            raise ValueError(
-                f"x must have shape (B, {self.config.in_channels}, H, W) with H and W multiples of {stride}, "
-                f"got {tuple(x.shape)}"
-            )
+        self._check_images(x)
+        return self._image_path(x, mod)
+
+    def _image_path(self, x: torch.Tensor, mod: torch.Tensor) -> torch.Tensor:
+        """body of what the first convolution takes: x (N, first_channels, H, W)"""
         if not len(x) <= len(mod) <= 2 * len(x):
             raise ValueError(f"mod must have N to 2N rows, N = {len(x)} of x, got {len(mod)}")
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.mod.weight.dtype)
-        mods = iter(mod.split([rows for _, rows in self.mod_layout], dim=1))
-        # One channel has no layout of its own, so the layout of everything after is set here
-        u, bias = self.conv_first.unbiased(x)
-        h = joined(u.contiguous(memory_format=torch.channels_last), bias)
-        hs = [h]
-        for block in self.input_blocks[1:]:
-            h = block(h, mods)
-            hs.append(h)
-        h = self.middle_block(h, mods)
+        mods = self._mods(mod)
+        *hs, h = self._encode(x, mods)
         for block in self.output_blocks:
             h = block(h, mods, hs.pop())
         return self.out["2"](self.out["0"](h))
@@ -280,8 +97,7 @@ class UNet(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """x: (B, in_channels, H, W); t: (B,), in [0, T); y: (B,) int64 or None -> (B, out_channels, H, W)"""
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t must have shape ({x.shape[0]},), one time an image, got {tuple(t.shape)}")
+        self._check_times(t, x)
         return self.body(x, self.modulation(self.embedding(t, y)))
 
 

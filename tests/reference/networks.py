@@ -1,11 +1,24 @@
 """Networks for tests: cheap, deterministic, true to float64, and not trivial in x, t or y"""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 NULL = 10
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def randomised(module: Module, seed: int = 0) -> Module:
+    """Every parameter random: a fresh network is zero and would hide mistakes"""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            fan_in = p[0].numel() if p.ndim > 1 else 4
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / fan_in**0.5)
+    return module.eval()
 
 
 def mixing(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
