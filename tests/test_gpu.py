@@ -87,7 +87,7 @@ def test_a_step_synchronises_with_no_host() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            step.run(2)
+            step.run(guided=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
