@@ -118,12 +118,10 @@ class Sampler:
         else:
             self.device = resolve_device(device)
             model = load(model, dtype=dtype)
-        self.model = model
         if graph is True and not self._can_capture():
             raise ValueError(f"graph=True needs a CUDA device, got {self.device}; use graph='auto'")
         self._graph = graph
-        self.classifier = resolve_classifier(classifier, model, dtype)
-        self._placed = PlacedNetworks(model, self.classifier, self.device, dtype)
+        self._placed = PlacedNetworks(model, resolve_classifier(classifier, model, dtype), self.device, dtype)
         self.set_table(
             steps=steps,
             solver=solver,
@@ -172,6 +170,14 @@ class Sampler:
             raise ValueError(f"classifier_form needs a classifier, got {classifier_form!r} and classifier=None")
         # at once: another thread may be about to sample
         self._tabled = _Tabled(table, guided)
+
+    @property
+    def model(self) -> DiffusionModel:
+        return self._placed.model
+
+    @property
+    def classifier(self) -> Classifier | None:
+        return self._placed.classifier
 
     @property
     def table(self) -> StepTable:
