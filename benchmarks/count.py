@@ -37,9 +37,10 @@ from benchmarks.sites import NETWORKS
 from benchmarks.traffic import plan_bytes
 from fastdiff.evaluation.results import Row, append_row, git_state, results_file
 from fastdiff.model import PRESETS, UNet
+from fastdiff.networks import Networks
 from fastdiff.schedule import Schedule
 from fastdiff.solvers import StepTable, ddpm
-from fastdiff.step import Networks, Shape, Step
+from fastdiff.step import Shape, Step
 from fastdiff_kernels import _plan
 from fastdiff_kernels._plan import Plan
 
@@ -312,7 +313,7 @@ def row_of(network: Any, image_shape: tuple[int, int, int], n: int, m: int, dtyp
     )
     with torch.no_grad(), _no_autocast():
         step = Step(networks, Shape.of(step_table(), n, m, has_noise=False, wants_x0=False))
-    return functools.partial(step.run, m)
+    return functools.partial(step.run, guided=True)
 
 
 def table() -> Iterator[Row]:

@@ -16,15 +16,15 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 import fastdiff
+from fastdiff.arguments import classifier_facts, free_name, low_res_images, parse_labels, parse_steps
 
 if TYPE_CHECKING:
     from fastdiff.diffusion_model import DiffusionModel
 
 __all__ = ["Doctor", "Evaluate", "Info", "Plot", "Sample", "Train", "main", "parse_labels"]
 
-DEFAULT_OUT = "samples.png"
 DEFAULT_W = 1.5
-MAX_LABELS = MAX_IMAGES = 10**6
+MAX_IMAGES = 10**6
 RECIPE = Path(__file__).parent / "assets" / "digits" / "recipe.json"
 
 
@@ -53,6 +53,14 @@ class Sample:
     """Guidance weight: (1 + w) * eps_cond - w * eps_null; 0 guides nothing; guidance_scale elsewhere is 1 + w."""
     guidance_interval: Annotated[tuple[float, float] | None, _option("LO HI", "everywhere")] = None
     """Guide only where LO < sigma / alpha <= HI."""
+    classifier: Annotated[str | None, _option("NAME|FOLDER", "none guides")] = None
+    """A classifier of noisy images, whose gradient guides towards the labels, besides W."""
+    classifier_scale: Annotated[float | None, _option("SCALE", "1")] = None
+    """What its gradient is multiplied by."""
+    classifier_form: Annotated[str | None, _option("FORM", "mean for ddpm, else score")] = None
+    """mean moves a stochastic step by its variance times the gradient; score moves eps, in any solver."""
+    low_res: Annotated[str | None, _option("FILE", "only super-resolution needs one")] = None
+    """An .npz (arr_0, uint8 N H W C) of pictures for a super-resolution model, one an image drawn, in order."""
     steps: Annotated[str, _option("STEPS")] = "50"
     """N, ddimN, 10,15,20 (sections), leading:N, linspace:N or trailing:N."""
     solver: Annotated[str, _option("NAME")] = "ddim"
@@ -80,7 +88,7 @@ class Sample:
         """Checks everything, the output first, then samples and writes."""
         from fastdiff import checkpoint, images
 
-        out = self.out if self.out is not None else _default_out(self.force)
+        out = self.out if self.out is not None else free_name(self.force)
         kind = images.check_out(out, self.force)
         if self.images_per_label < 1:
             raise ValueError(f"--images-per-label must be at least 1, got {self.images_per_label}")
@@ -91,6 +99,7 @@ class Sample:
         diffusion = facts["config"]["diffusion"]
         if self.labels is None:
             rows = _first_labels(diffusion["num_classes"])
+        guide = classifier_facts(self.classifier, self.classifier_scale)
         columns, texts = self.images_per_label, ["none"] if rows is None else rows
         channels, height, width = diffusion["image_shape"]
         if channels not in (1, 3):
@@ -106,18 +115,33 @@ class Sample:
             w = DEFAULT_W if labels is not None and diffusion["null_label"] is not None else 0.0
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         options: dict[str, Any] = {
-            "steps": _steps(self.steps),
+            "steps": parse_steps(self.steps),
             "solver": self.solver,
             "eta": self.eta,
             "guidance_interval": self.guidance_interval,
         }
         sampler = fastdiff.Sampler(
-            self.model, device=self.device, dtype=self.dtype, batch_size=self.batch_size, **options
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            classifier=self.classifier,
+            classifier_form=self.classifier_form,
+            **options,
         )
+        extra = low_res_images(self.low_res, self.model, sampler.model.network, n)
         if not self.quiet:
             print(f"seed    {seed}\ndevice  {sampler.device}\ndtype   {_plain(sampler.dtype)}", flush=True)
         began = time.perf_counter()
-        pixels = images.to_uint8(sampler(labels, w, num_images=n, seed=seed, progress=not self.quiet)).cpu()
+        drawn = sampler(
+            *(labels, w),
+            num_images=n,
+            seed=seed,
+            classifier_scale=guide.get("classifier_scale", 1.0),
+            extra=extra,
+            progress=not self.quiet,
+        )
+        pixels = images.to_uint8(drawn).cpu()
         seconds = time.perf_counter() - began
 
         metadata = {
@@ -128,6 +152,8 @@ class Sample:
             "num_images": n,
             "w": w,
             **options,
+            **(guide and guide | {"classifier_form": sampler.table.classifier_form}),
+            **({} if self.low_res is None else {"low_res": self.low_res}),
             "dtype": _plain(sampler.dtype),
             "device": sampler.device.type,
             "fastdiff": fastdiff.__version__,
@@ -280,7 +306,7 @@ class Evaluate:
             weights=self.weights,
             images=self.images,
             seeds=self.seeds,
-            steps=_steps(self.steps),
+            steps=parse_steps(self.steps),
             solver=self.solver,
             batch_size=self.batch_size,
             device=self.device,
@@ -374,34 +400,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fastdiff: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
-
-
-def parse_labels(text: str) -> list[int] | None:
-    """The labels that 0-9, 3,1,4 or 0-3,7 stand for, None for "none". Raises ValueError for anything else."""
-    if text.strip().lower() == "none":
-        return None
-    labels: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            raise ValueError(f"--labels must be such as 0-9, 3,1,4 or 0-3,7, or none, got {text!r}")
-        if len(labels) + last - first >= MAX_LABELS:
-            raise ValueError(f"--labels must name at most {MAX_LABELS} labels, got {text!r}")
-        labels += range(first, last + 1)
-    return labels
-
-
-def _steps(text: str) -> int | str:
-    return int(text) if re.fullmatch(r"\d+", text) else text
-
-
-def _default_out(force: bool) -> str:
-    stem, number, name = Path(DEFAULT_OUT).stem, 1, DEFAULT_OUT
-    while not force and Path(name).exists():
-        number += 1
-        name = f"{stem}-{number}.png"
-    return name
 
 
 def _first_labels(num_classes: int | None) -> list[int] | None:

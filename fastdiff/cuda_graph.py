@@ -88,7 +88,7 @@ class GraphedStep:
     step: reads and writes tensors only that outlive this object, or that it makes itself; nothing of it runs on the
         host at a replay.
     static: the tensors through which callers and replays speak. They are zero while step is warmed up, and poison
-        afterwards (NaN, or the least integer): fill all of them before the first replay.
+        afterwards (NaN, the least integer, or True): fill all of them before the first replay.
     pool: of graphs that never run at once; default: one of its own.
     warmups: calls before the capture, for what libraries choose and Triton compiles at a first call; one on a CPU.
 
@@ -111,10 +111,16 @@ class GraphedStep:
             _watch(step, device)
             self._replay = step
         for tensor in static:
-            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+            tensor.fill_(_poison(tensor.dtype))
 
     def __call__(self) -> None:
         self._replay()
+
+
+def _poison(dtype: torch.dtype) -> float | bool:
+    if dtype == torch.bool:
+        return True
+    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
 
 
 def _capture(step: Callable[[], None], pool: Pool, device: torch.device, warmups: int) -> Callable[[], None]:

@@ -23,10 +23,11 @@ def is_conditioned_apart(network: object) -> bool:
     """Whether a network follows fastdiff's optional protocol, as its UNet does.
 
     What it computes from time and label alone is apart from its image path: `embedding(t, y)` (B, E), `modulation` of
-    that (B, R), and `body(x, mod)` with x of N rows and mod of N + M: row N + j of the result is image j under a
-    modulation of its own. It runs in any floating dtype that it is converted to, and tells its embedding's rows in
-    `num_labels`, None for no labels. The sampler then computes all rows' modulations at once, and what both rows of
-    an image share once. It may also have `packed()`, the network as it runs best on a CPU with the weights of today.
+    that (B, R), and `body(x, mod, **extra)` with x and extra of N rows and mod of N + M: row N + j of the result is
+    image j under a modulation of its own. It runs in any floating dtype that it is converted to, and tells its
+    embedding's rows in `num_labels`, None for no labels. The sampler then computes all rows' modulations at once, and
+    what both rows of an image share once. It may also have `packed()`, the network as it runs best on a CPU with the
+    weights of today.
     """
     return all(callable(getattr(network, part, None)) for part in ("embedding", "modulation", "body"))
 
@@ -34,9 +35,10 @@ def is_conditioned_apart(network: object) -> bool:
 class DiffusionModel:
     """A network with its schedule, prediction, variance, classes and image shape.
 
-    network: any callable network(x, t, y) -> (B, C, H, W), or (B, 2C, H, W) with a variance in the second half. x is
-        (B, C, H, W) in the compute dtype, t float (B,) in [0, T), y int64 (B,), or None where num_classes is None; it
-        must not write to them.
+    network: any callable network(x, t, y, **extra) -> (B, C, H, W), or (B, 2C, H, W) with a variance in the second
+        half. x is (B, C, H, W) in the compute dtype, t float (B,) in [0, T), y int64 (B,), or None where num_classes is
+        None; extra are the caller's further inputs by name, (B, ...) each, such as low_res; it must not write to them.
+        Where it has `extra_shapes`, {name: shape of one image's}, these inputs are asked for, and no others.
     schedule: a Schedule, or its name for T = 1000: "linear", "cosine".
     prediction: "eps", "v" or "x0".
     variance: of DDPM's reverse step: "fixed_small" (beta tilde), "fixed_large" (beta) or "learned_range" (Improved DDPM

@@ -1,6 +1,6 @@
-"""Classifier-free guidance (2207.12598): labels, the null label, and the one definition of w.
+"""Guidance: labels, the null label, the one definition of w (2207.12598), and a classifier's gradient (2105.05233).
 
-    eps = (1 + w) * eps_cond - w * eps_null                                                    (equation 6)
+    eps = (1 + w) * eps_cond - w * eps_null                                                    (2207.12598 equation 6)
 
 w = 0 is the conditional model, w = -1 the unconditional one. Other stacks' guidance_scale is 1 + w.
 """
@@ -8,7 +8,7 @@ w = 0 is the conditional model, w = -1 the unconditional one. Other stacks' guid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "Interval",
     "Labels",
     "Weight",
+    "classifier_gradient",
     "guided_rows",
     "plan_guidance",
     "resolve_labels",
@@ -58,19 +59,22 @@ def resolve_labels(labels: Labels, num_classes: int | None, null_label: int | No
     return torch.from_numpy(array.astype(np.int64))
 
 
-def resolve_w(w: Weight) -> torch.Tensor:
-    """w as a float64 tensor on the CPU, 0-d or (N,). Raises TypeError for non-numbers, ValueError unless finite."""
-    array = _array(w, "w")
+def resolve_w(w: Weight, argument: str = "w") -> torch.Tensor:
+    """w as a float64 tensor on the CPU, 0-d or (N,). Raises TypeError for non-numbers, ValueError unless finite.
+
+    argument: its name in errors, where it is another weight.
+    """
+    array = _array(w, argument)
     if array.size == 0:
         array = array.astype(np.float64)
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"w must be a number or a vector of numbers, got {_kind(w, array)}")
+        raise TypeError(f"{argument} must be a number or a vector of numbers, got {_kind(w, array)}")
     if array.ndim > 1:
-        raise ValueError(f"w must be a number or a vector (N,), got shape {array.shape}")
+        raise ValueError(f"{argument} must be a number or a vector (N,), got shape {array.shape}")
     values = array.astype(np.float64)
     finite = np.abs(values) <= np.finfo(np.float32).max
     if not finite.all():
-        raise ValueError(f"w must be finite, got {values[~finite].flat[0]}")
+        raise ValueError(f"{argument} must be finite, got {values[~finite].flat[0]}")
     return torch.from_numpy(values)
 
 
@@ -95,12 +99,15 @@ class GuidancePlan:
     """How a batch of N images is laid out: guided images first, so that null row j belongs to image j < M.
 
     order (N,) is the caller's index of each row, y (N,) int64 its label or None for an unconditional model, w (N,)
-    float64 its weight.
+    float64 its weight. classes (N,) int64 is what a classifier is asked for, scale (N,) float64 the factor of its
+    gradient; both None where no image has one.
     """
 
     order: torch.Tensor
     y: torch.Tensor | None
     w: torch.Tensor
+    classes: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
     @property
     def N(self) -> int:
@@ -124,14 +131,27 @@ def plan_guidance(
     num_classes: int | None,
     null_label: int | None,
     has_null_model: bool = False,
+    scale: torch.Tensor | None = None,
 ) -> GuidancePlan:
-    """The layout of n images from resolved labels and w, each 0-d or (n,).
+    """The layout of n images from resolved labels, w and a classifier's scale, each 0-d or (n,).
 
-    w = -1 becomes (null label, w = 0), one evaluation an image. Raises ValueError where w asks for a null label that
-    the model lacks, or guides images that have no label. has_null_model: another network takes the null rows.
+    w = -1 becomes (null label, w = 0), one evaluation an image; its label remains the classifier's. Raises ValueError
+    where w asks for a null label that the model lacks, or images are guided that have no label. has_null_model: another
+    network takes the null rows. scale: None without a classifier, which alone takes labels where num_classes is None.
     """
     weights = w.expand(n).clone()
     unconditional = weights == -1
+    classes = scales = None
+    if scale is not None and (scale != 0).any():
+        if labels is None:
+            raise ValueError("labels must be given: they are what the classifier is asked for; or classifier_scale=0")
+        classes, scales = labels.expand(n), scale.expand(n)
+    if num_classes is None and labels is not None:
+        labels = None
+        if not has_null_model and (wrong := weights[(weights != 0) & ~unconditional]).numel():
+            raise ValueError(
+                f"w must be 0 or -1: the model is unconditional, labels are the classifier's; got {wrong[0].item():g}"
+            )
     if labels is None and not (has_null_model and num_classes is None):
         wrong = weights[(weights != 0) & ~unconditional]
         if len(wrong):
@@ -147,7 +167,8 @@ def plan_guidance(
         null = torch.tensor(-1 if null_label is None else null_label, device="cpu")
         y = torch.where(unconditional, null, null if labels is None else labels).expand(n)
     order = torch.argsort((weights == 0).to(torch.int8), stable=True)
-    return GuidancePlan(order, None if y is None else y[order], weights[order])
+    y, classes, scales = (None if values is None else values[order] for values in (y, classes, scales))
+    return GuidancePlan(order, y, weights[order], classes, scales)
 
 
 def guided_rows(sigma_edm: npt.NDArray[np.float64], interval: Interval) -> npt.NDArray[np.bool_]:
@@ -165,3 +186,41 @@ def guided_rows(sigma_edm: npt.NDArray[np.float64], interval: Interval) -> npt.N
             f"guidance_interval must satisfy 0 <= lo < hi in sigma_edm = sigma / alpha, got ({lo:g}, {hi:g})"
         )
     return (lo < sigma_edm) & (sigma_edm <= hi)
+
+
+def classifier_gradient(
+    network: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    t: torch.Tensor,
+    labels: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    num_classes: int,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """scale * d log p(labels | x) / dx (2105.05233 section 4.1), (N, C, H, W) in the dtype of x; zero where scale is
+
+    network(x, t) -> logits (N, num_classes), of x (N, C, H, W) cast to dtype and t (N,). labels int64 (N,), scale (N,)
+    in the dtype of x. log_softmax is taken in float32 at least. No parameter's grad is touched, no data are read on the
+    host, and images do not mix: NaN stays in its own. Raises TypeError or ValueError for logits that are none.
+    """
+    with torch.enable_grad():
+        leaf = x.detach().to(dtype or x.dtype, copy=True).requires_grad_()
+        logits = network(leaf, t)
+        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+            got = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise TypeError(f"classifier's network(x, t) must return a floating-point tensor, got {got}")
+        if logits.shape != (len(x), num_classes):
+            raise ValueError(
+                f"classifier's network(x, t) must return logits of shape {(len(x), num_classes)}, "
+                f"got {tuple(logits.shape)}"
+            )
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        log_p = torch.log_softmax(logits.to(wide), dim=1).gather(1, labels[:, None])
+        grad = None
+        if log_p.requires_grad:
+            (grad,) = torch.autograd.grad(log_p.sum(), leaf, allow_unused=True)
+    if grad is None:
+        raise ValueError("classifier's network(x, t) must be differentiable in x, got logits that do not depend on it")
+    factor = scale[:, None, None, None]
+    return torch.where(factor != 0, factor * grad.to(x.dtype), 0)

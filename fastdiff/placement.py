@@ -11,6 +11,7 @@ from types import CellType, FunctionType, MethodType, ModuleType, NoneType
 
 import torch
 
+from fastdiff.classifier import Classifier
 from fastdiff.diffusion_model import DiffusionModel, Network, is_conditioned_apart
 
 __all__ = [
@@ -81,7 +82,7 @@ def preferred_dtype(model: DiffusionModel, device: torch.device) -> torch.dtype 
     return None
 
 
-def dtype_of(model: DiffusionModel) -> torch.dtype:
+def dtype_of(model: DiffusionModel | Classifier) -> torch.dtype:
     """Of the network's first floating-point parameter or buffer; float32 for functions."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 

@@ -1,20 +1,182 @@
-"""What a call of the sampler asks for: its table, its number of images, the caller's own tensors, all checked"""
+"""What a call of the sampler asks for: its table, its classifier, its images in batches, the caller's own tensors"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fastdiff.classifier import Classifier
 from fastdiff.diffusion_model import DiffusionModel
-from fastdiff.noise import Seed
+from fastdiff.guidance import GuidancePlan, Labels, Weight, plan_guidance, resolve_labels, resolve_w
+from fastdiff.noise import Seed, resolve_seeds
 from fastdiff.schedule import Steps
 from fastdiff.solvers import SOLVERS, Solver, StepTable
+from fastdiff.step import Randomness
 
-__all__ = ["build_table", "check_images", "count_images", "noise_row"]
+__all__ = ["Batch", "Noise", "Request", "build_table", "check_extra", "resolve_classifier", "resolve_request"]
+
+Noise = torch.Tensor | Callable[[int], torch.Tensor] | None
+
+
+class Batch(NamedTuple):
+    """Images of a call: which of its own, their layout, and what is the caller's"""
+
+    part: slice
+    plan: GuidancePlan
+    randomness: Randomness
+    extra: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a call asks for, once it is sure to be right
+
+    shape: (N, C, H, W). size: images of a full batch.
+    """
+
+    shape: tuple[int, ...]
+    size: int
+    batches: list[Batch]
+    has_noise: bool
+    wants_x0: bool
+
+    def trial(self, size: int) -> Batch:
+        """A batch of so many images, as large in memory as any of the call's could be
+
+        Any images that have a null row, or a classifier's gradient, may meet in a batch.
+        """
+        order = torch.arange(size, device="cpu")
+        plans = [batch.plan for batch in self.batches]
+        labelled = any(plan.y is not None for plan in plans)
+        classified = any(plan.scale is not None for plan in plans)
+        plan = GuidancePlan(
+            order,
+            torch.zeros_like(order) if labelled else None,
+            (order < sum(plan.M for plan in plans)).double(),
+            torch.zeros_like(order) if classified else None,
+            torch.ones_like(order).double() if classified else None,
+        )
+        extra = {name: values[:size] for name, values in self.batches[0].extra.items()}
+        return Batch(slice(0, size), plan, Randomness(torch.zeros_like(order), None, None), extra)
+
+
+def resolve_request(
+    model: DiffusionModel,
+    classifier: Classifier | None,
+    rows: int,
+    batch_size: int | None,
+    *,
+    labels: Labels,
+    w: Weight,
+    num_images: int | None,
+    seed: Seed,
+    x_T: torch.Tensor | None,
+    noise: Noise,
+    classifier_scale: Weight,
+    extra: Mapping[str, torch.Tensor] | None,
+    callback: object,
+) -> Request:
+    """The arguments of a call, checked, and cut into batches. Raises ValueError or TypeError naming the argument."""
+    num_classes = model.num_classes
+    if num_classes is None and labels is not None and classifier is not None:
+        num_classes = classifier.num_classes
+    y = resolve_labels(labels, num_classes, model.null_label)
+    weights = resolve_w(w)
+    scale = resolve_w(classifier_scale, "classifier_scale")
+    if classifier is None and (scale.ndim or scale != 1):
+        raise ValueError(f"classifier_scale needs a classifier, got {classifier_scale!r} and classifier=None")
+    extra = check_extra(model, extra)
+    n = count_images(
+        num_images,
+        seed,
+        x_T,
+        {"labels": y, "w": weights, "classifier_scale": scale} | {f"extra[{k!r}]": v for k, v in extra.items()},
+    )
+    seeds = resolve_seeds(seed, n)
+    shape = (n, *model.image_shape)
+    if x_T is not None:
+        check_images("x_T", x_T, shape)
+    if isinstance(noise, torch.Tensor):
+        check_images("noise", noise, (rows, *shape))
+    elif noise is not None and not callable(noise):
+        raise TypeError(f"noise must be a tensor, a function of the row or None, got {type(noise).__name__}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function or None, got {type(callback).__name__}")
+    size = min(batch_size or n, n)
+    batches = []
+    for start in range(0, n, size or 1):
+        part = slice(start, min(start + size, n))
+        plan = plan_guidance(
+            y if y is None or y.ndim == 0 else y[part],
+            weights if weights.ndim == 0 else weights[part],
+            part.stop - part.start,
+            num_classes=model.num_classes,
+            null_label=model.null_label,
+            has_null_model=model.null_model is not None,
+            scale=None if classifier is None else scale if scale.ndim == 0 else scale[part],
+        )
+        randomness = Randomness(
+            seeds=seeds[part],
+            x_T=None if x_T is None else x_T[part],
+            noise=None if noise is None else functools.partial(noise_row, noise, shape, part),
+        )
+        batches.append(Batch(part, plan, randomness, {name: values[part] for name, values in extra.items()}))
+    return Request(shape, size, batches, noise is not None, callback is not None)
+
+
+def check_extra(model: DiffusionModel, extra: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """extra, checked against what the model's networks say in `extra_shapes`, where they do; not against N"""
+    if not isinstance(extra, Mapping | None):
+        raise TypeError(f"extra must be a mapping of names to tensors or None, got {type(extra).__name__}")
+    extra = dict(extra or {})
+    for name, values in extra.items():
+        if not isinstance(name, str) or not isinstance(values, torch.Tensor):
+            raise TypeError(f"extra must hold tensors by name, got {name!r}: {type(values).__name__}")
+        if values.ndim == 0:
+            raise ValueError(f"extra[{name!r}] must have shape (N, ...), one row an image, got a single number")
+    for network in (model.network, *([] if model.null_model is None else [model.null_model.network])):
+        shapes: Mapping[str, tuple[int, ...]] | None = getattr(network, "extra_shapes", None)
+        if shapes is None:
+            continue
+        told = ", ".join(f"{name} {('N', *shape)}".replace("'", "") for name, shape in shapes.items()) or "nothing"
+        if extra.keys() != shapes.keys():
+            raise ValueError(f"extra must have {told}, as the network takes, got {sorted(extra) or 'nothing'}")
+        for name, shape in shapes.items():
+            if tuple(extra[name].shape[1:]) != tuple(shape):
+                raise ValueError(f"extra must have {told}, got {name} of shape {tuple(extra[name].shape)}")
+    return extra
+
+
+def resolve_classifier(classifier: Any, model: DiffusionModel, dtype: torch.dtype | None) -> Classifier | None:
+    """The classifier meant, which fits the model. dtype: of one that is loaded by name or folder."""
+    if classifier is None:
+        return None
+    if isinstance(classifier, str | PathLike):
+        from fastdiff.checkpoint import load_classifier
+
+        # no gradient goes through weights that are made in inference mode
+        with torch.inference_mode(False):
+            classifier = load_classifier(classifier, dtype=dtype)
+    if not isinstance(classifier, Classifier):
+        raise TypeError(f"classifier must be a Classifier, a name, a folder or None, got {type(classifier).__name__}")
+    if classifier.image_shape != model.image_shape:
+        raise ValueError(
+            f"classifier must have image_shape={model.image_shape} as the model, got {classifier.image_shape}"
+        )
+    if not np.array_equal(classifier.schedule.alphas_cumprod, model.schedule.alphas_cumprod):
+        raise ValueError("classifier must have the model's schedule: the same alphas_cumprod")
+    if model.num_classes is not None and classifier.num_classes != model.num_classes:
+        raise ValueError(
+            f"classifier must have num_classes={model.num_classes} as the model, got {classifier.num_classes}"
+        )
+    return classifier
 
 
 def build_table(
@@ -50,9 +212,9 @@ def build_table(
 
 
 def count_images(
-    num_images: int | None, labels: torch.Tensor | None, w: torch.Tensor, seed: Seed, x_T: torch.Tensor | None
+    num_images: int | None, seed: Seed, x_T: torch.Tensor | None, others: Mapping[str, torch.Tensor | None]
 ) -> int:
-    """N, from whatever says it; all that say it must agree; 1 if none does."""
+    """N, from whatever says it; all that say it must agree; 1 if none does. others: 0-d or (N, ...)."""
     said: dict[str, int] = {}
     if num_images is not None:
         if isinstance(num_images, bool) or not isinstance(num_images, int | np.integer):
@@ -60,10 +222,7 @@ def count_images(
         if num_images < 0:
             raise ValueError(f"num_images must be at least 0, got {num_images}")
         said["num_images"] = int(num_images)
-    if labels is not None and labels.ndim:
-        said["labels"] = len(labels)
-    if w.ndim:
-        said["w"] = len(w)
+    said |= {name: len(values) for name, values in others.items() if values is not None and values.ndim}
     if seed is not None and not isinstance(seed, int | np.integer | str) and hasattr(seed, "__len__"):
         if getattr(seed, "ndim", 1) != 1:
             raise ValueError(f"seed must be an integer or a vector, got shape {tuple(seed.shape)}")  # type: ignore[union-attr]

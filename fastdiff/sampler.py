@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -16,33 +15,17 @@ import numpy.typing as npt
 import torch
 
 from fastdiff.checkpoint import load
+from fastdiff.classifier import Classifier
 from fastdiff.cuda_graph import NotCapturable, Pool, is_out_of_memory
-from fastdiff.diffusion_model import DiffusionModel, Network
-from fastdiff.guidance import (
-    GuidancePlan,
-    Interval,
-    Labels,
-    Weight,
-    guided_rows,
-    plan_guidance,
-    resolve_labels,
-    resolve_w,
-)
-from fastdiff.noise import Seed, resolve_seeds
-from fastdiff.placement import (
-    OutOfMemoryError,
-    Placed,
-    addresses,
-    device_of,
-    dtype_of,
-    preferred_dtype,
-    resolve_device,
-    resolve_dtype,
-)
-from fastdiff.request import build_table, check_images, count_images, noise_row
+from fastdiff.diffusion_model import DiffusionModel
+from fastdiff.guidance import Interval, Labels, Weight, guided_rows
+from fastdiff.networks import PlacedNetworks
+from fastdiff.noise import Seed
+from fastdiff.placement import OutOfMemoryError, device_of, resolve_device, resolve_dtype
+from fastdiff.request import Batch, Noise, Request, build_table, resolve_classifier, resolve_request
 from fastdiff.schedule import Steps
 from fastdiff.solvers import Solver, StepTable
-from fastdiff.step import Networks, Randomness, Shape, Step, bucket
+from fastdiff.step import Shape, Step, bucket
 
 __all__ = ["Cancelled", "OutOfMemoryError", "Sampler", "sample"]
 
@@ -50,18 +33,11 @@ __all__ = ["Cancelled", "OutOfMemoryError", "Sampler", "sample"]
 KEPT = 4
 
 Model = DiffusionModel | str | PathLike[str]
-Noise = torch.Tensor | Callable[[int], torch.Tensor] | None
 Callback = Callable[[int, int, float, torch.Tensor, torch.Tensor], Any] | None
 
 
 class Cancelled(RuntimeError):
     """A callback returned False."""
-
-
-class _Batch(NamedTuple):
-    part: slice
-    plan: GuidancePlan
-    randomness: Randomness
 
 
 class _Tabled(NamedTuple):
@@ -92,8 +68,12 @@ class Sampler:
         shapes that were used last are kept. Images are bitwise the same in all batches of a bucket.
     check_finite: look for NaN and infinity after every row (one host read a row) and raise FloatingPointError that
         names row and image.
+    classifier: a Classifier of noisy images, a bundled one's name or a checkpoint's folder, whose gradient guides
+        (2105.05233, section 4), with or without w; of the model's image_shape, schedule and classes.
+    classifier_form: "mean" moves the mean of a stochastic step by its variance times the gradient (algorithm 1),
+        "score" the eps of any solver (algorithm 2); None is "mean" for ddpm, "score" elsewhere.
 
-    The network is used in place where device, dtype and layout fit, and otherwise through a converted copy, which takes
+    A network is used in place where device, dtype and layout fit, and otherwise through a converted copy, which takes
     over the network's weights and buffers at every call; `fastdiff.load(..., device=)` saves that. Weights that moved
     or were replaced are noticed at every call. Calls from several threads are served in turn.
 
@@ -118,6 +98,8 @@ class Sampler:
         batch_size: int | None = None,
         graph: bool | str = "auto",
         check_finite: bool = False,
+        classifier: Classifier | str | PathLike[str] | None = None,
+        classifier_form: str | None = None,
     ) -> None:
         dtype = resolve_dtype(dtype)
         if not isinstance(graph, bool) and graph != "auto":
@@ -130,29 +112,33 @@ class Sampler:
             raise TypeError(f"check_finite must be True or False, got {check_finite!r}")
         if not isinstance(model, DiffusionModel | str | PathLike):
             raise TypeError(f"model must be a DiffusionModel, a name or a folder, got {type(model).__name__}")
-        loaded = None
+        given = (model, classifier)
         if isinstance(model, DiffusionModel):
             self.device = resolve_device(device) if device is not None else device_of(model)
         else:
             self.device = resolve_device(device)
             model = load(model, dtype=dtype)
-            loaded = model.network
-        self.model = model
-        self._convert_to = dtype or preferred_dtype(model, self.device)
-        self._set_dtype()
         if graph is True and not self._can_capture():
             raise ValueError(f"graph=True needs a CUDA device, got {self.device}; use graph='auto'")
         self._graph = graph
-        self.set_table(steps=steps, solver=solver, eta=eta, guidance_interval=guidance_interval, clip_x0=clip_x0)
-        if isinstance(loaded, torch.nn.Module):
-            loaded.to(self.device)  # once all of the above was right
-        self._placed = [Placed(self.device, self._convert_to) for _ in range(2)]
-        self._running: list[Network] = []
+        self._placed = PlacedNetworks(model, resolve_classifier(classifier, model, dtype), self.device, dtype)
+        self.set_table(
+            steps=steps,
+            solver=solver,
+            eta=eta,
+            guidance_interval=guidance_interval,
+            clip_x0=clip_x0,
+            classifier_form=classifier_form,
+        )
+        # what was loaded here, once all of the above was right
+        for owner, whose in zip((self.model, self.classifier), given, strict=True):
+            if owner is not None and owner is not whose and isinstance(owner.network, torch.nn.Module):
+                owner.network.to(self.device)
         self.batch_size = batch_size
         self.check_finite = check_finite
         # those used last at the end
         self._steps: OrderedDict[Shape, Step] = OrderedDict()
-        self._weights: object = None
+        self._addresses: object = None
         self._graphing = graph is not False and self._can_capture()
         self._pool: Pool | None = None
         self._done: torch.cuda.Event | None = None
@@ -167,6 +153,7 @@ class Sampler:
         eta: float | None = None,
         guidance_interval: Interval = None,
         clip_x0: bool | None = None,
+        classifier_form: str | None = None,
     ) -> None:
         """Another table from the next call on, the arguments as Sampler's; graphs that serve it are kept.
 
@@ -176,19 +163,30 @@ class Sampler:
         if clip_x0 is not None and not isinstance(clip_x0, bool):
             raise TypeError(f"clip_x0 must be True, False or None, got {clip_x0!r}")
         table = build_table(self.model, solver, steps, eta, clip_x0)
+        guided = guided_rows(table.sigma_edm, guidance_interval)
+        if self.classifier is not None:
+            table = table.with_classifier(classifier_form, guided)
+        elif classifier_form is not None:
+            raise ValueError(f"classifier_form needs a classifier, got {classifier_form!r} and classifier=None")
         # at once: another thread may be about to sample
-        self._tabled = _Tabled(table, guided_rows(table.sigma_edm, guidance_interval))
+        self._tabled = _Tabled(table, guided)
+
+    @property
+    def model(self) -> DiffusionModel:
+        return self._placed.model
+
+    @property
+    def classifier(self) -> Classifier | None:
+        return self._placed.classifier
 
     @property
     def table(self) -> StepTable:
         return self._tabled.table
 
-    def _set_dtype(self) -> None:
-        """Of the network's input and, where it is float64, of the state; a foreign network has its owner's"""
-        self.dtype = self._convert_to or dtype_of(self.model)
-        if self.dtype == torch.float64 and self.device.type != "cpu":
-            raise ValueError(f"dtype=torch.float64 runs on the CPU only, got device {self.device}")
-        self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's input; a foreign network has its owner's."""
+        return self._placed.dtype
 
     def _can_capture(self) -> bool:
         return self.device.type == "cuda"
@@ -207,47 +205,34 @@ class Sampler:
         seed: Seed = None,
         x_T: torch.Tensor | None = None,
         noise: Noise = None,
+        classifier_scale: Weight = 1.0,
+        extra: Mapping[str, torch.Tensor] | None = None,
         progress: bool = False,
         callback: Callback = None,
     ) -> torch.Tensor:
         """Draw images: float32 (N, C, H, W), nominally in [-1, 1]; the arguments are those of `fastdiff.sample`."""
-        model, tabled = self.model, self._tabled
-        y = resolve_labels(labels, model.num_classes, model.null_label)
-        weights = resolve_w(w)
-        n = count_images(num_images, y, weights, seed, x_T)
-        seeds = resolve_seeds(seed, n)
-        shape = (n, *model.image_shape)
-        if x_T is not None:
-            check_images("x_T", x_T, shape)
-        if isinstance(noise, torch.Tensor):
-            check_images("noise", noise, (len(tabled.table), *shape))
-        elif noise is not None and not callable(noise):
-            raise TypeError(f"noise must be a tensor, a function of the row or None, got {type(noise).__name__}")
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be a function or None, got {type(callback).__name__}")
-        batches = []
-        for start in range(0, n, self.batch_size or max(n, 1)):
-            part = slice(start, min(start + (self.batch_size or n), n))
-            plan = plan_guidance(
-                y if y is None or y.ndim == 0 else y[part],
-                weights if weights.ndim == 0 else weights[part],
-                part.stop - part.start,
-                num_classes=model.num_classes,
-                null_label=model.null_label,
-                has_null_model=model.null_model is not None,
-            )
-            randomness = Randomness(
-                seeds=seeds[part],
-                x_T=None if x_T is None else x_T[part],
-                noise=None if noise is None else functools.partial(noise_row, noise, shape, part),
-            )
-            batches.append(_Batch(part, plan, randomness))
-        with self._turn(), self._current_networks(), _progress_bar(progress, len(batches) * len(tabled.table)) as bar:
-            size = min(self.batch_size or n, n)
+        tabled = self._tabled
+        request = resolve_request(
+            self.model,
+            self.classifier,
+            len(tabled.table),
+            self.batch_size,
+            labels=labels,
+            w=w,
+            num_images=num_images,
+            seed=seed,
+            x_T=x_T,
+            noise=noise,
+            classifier_scale=classifier_scale,
+            extra=extra,
+            callback=callback,
+        )
+        total = len(request.batches) * len(tabled.table)
+        with self._turn(), self._current_networks(), _progress_bar(progress, total) as bar:
             try:
-                images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
-                for batch in batches:
-                    step = self._step(tabled, batch.plan, size, noise is not None, callback is not None)
+                images = torch.empty(request.shape, dtype=self._networks.state_dtype, device=self.device)
+                for batch in request.batches:
+                    step = self._step(tabled, request, batch, request.size)
                     images[batch.part] = self._run(step, tabled, batch, bar, callback)
                 return images
             except (RuntimeError, MemoryError) as error:
@@ -257,10 +242,11 @@ class Sampler:
                 why = str(error).splitlines()[0] if str(error) else "out of memory"
             # out here nothing of the attempt is held
             self._release()
-            guided = sum(batch.plan.M for batch in batches)
-            fits = self._largest_that_fits(tabled, shape, size, guided, noise is not None, callback is not None)
+            fits = self._largest_that_fits(tabled, request)
             remedy = f"batch_size={fits} fits" if fits else "not even one image fits"
-            raise OutOfMemoryError(f"batch_size: {size} images at a time do not fit in memory, {remedy}: {why}", fits)
+            raise OutOfMemoryError(
+                f"batch_size: {request.size} images at a time do not fit in memory, {remedy}: {why}", fits
+            )
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -292,18 +278,11 @@ class Sampler:
 
     @contextlib.contextmanager
     def _current_networks(self) -> Iterator[None]:
-        """Networks on the device with the weights that they have now, in eval mode; copies are brought up to date."""
-        model = self.model
-        sources = [model.network, *([] if model.null_model is None else [model.null_model.network])]
-        with contextlib.ExitStack() as stack:
-            pairs = zip(self._placed, sources, strict=False)
-            self._running = [stack.enter_context(place.current(network)) for place, network in pairs]
-            self._set_dtype()
-            # graphs hold addresses, and would go on reading memory that others own by now
-            weights = [self.dtype, *map(addresses, self._running)]
-            if weights != self._weights:
+        with self._placed.current() as self._networks:
+            addresses = self._networks.addresses()
+            if addresses != self._addresses:
                 self._release()
-                self._weights = weights
+                self._addresses = addresses
             yield
 
     def _release(self) -> None:
@@ -317,68 +296,56 @@ class Sampler:
             with contextlib.suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
-    def _step(self, tabled: _Tabled, plan: GuidancePlan, size: int, has_noise: bool, wants_x0: bool) -> Step:
+    def _step(self, tabled: _Tabled, request: Request, batch: Batch, size: int) -> Step:
         """Buffers for a batch, with their graphs where there can be any
 
         size: images of the call's other batches; a short one takes their graph.
         """
+        plan = batch.plan
         m = plan.M if tabled.guided.any() else 0
         if self._graphing:
             n = bucket(size)
             try:
-                return self._kept_step(tabled, n, n if m == plan.N else bucket(m), has_noise, wants_x0)
+                return self._kept_step(tabled, request, batch, n, n if m == plan.N else bucket(m))
             except NotCapturable as error:
                 self._release()
                 if self._graph is True:
                     raise ValueError(f"graph=True: the network cannot be captured: {error}; use graph='auto'") from None
                 warnings.warn(f"sampling eagerly: the network cannot be captured: {error}", stacklevel=4)
                 self._graphing = False
-        return self._kept_step(tabled, plan.N, m, has_noise, wants_x0)
+        return self._kept_step(tabled, request, batch, plan.N, m)
 
-    def _kept_step(self, tabled: _Tabled, n: int, m: int, has_noise: bool, wants_x0: bool) -> Step:
-        shape = Shape.of(tabled.table, n, m, has_noise and tabled.table.stochastic, wants_x0)
+    def _kept_step(self, tabled: _Tabled, request: Request, batch: Batch, n: int, m: int) -> Step:
+        shape = Shape.of(
+            tabled.table,
+            n,
+            m,
+            has_noise=request.has_noise and tabled.table.stochastic,
+            wants_x0=request.wants_x0,
+            classified=batch.plan.scale is not None and bool(tabled.guided.any()),
+            extra=batch.extra,
+            dtype=self._networks.dtype,
+        )
         step = self._steps.pop(shape, None)
         if step is None:
             while len(self._steps) >= (KEPT if self._graphing else 1):
                 self._steps.popitem(last=False)
-            step = Step(self._networks(), shape)
+            step = Step(self._networks, shape)
         if self._graphing:
             if self._pool is None and self.device.type == "cuda":
                 self._pool = Pool(self.device)
-            for live in {m if guided else 0 for guided in tabled.guided}:
-                step.capture(live, self._pool)
+            for guided in set(tabled.guided.tolist()):
+                step.capture(guided, self._pool)
         self._steps[shape] = step
         return step
 
-    def _networks(self) -> Networks:
-        model = self.model
-        null_dtype = None
-        if model.null_model is not None and isinstance(model.null_model.network, torch.nn.Module):
-            null_dtype = self._convert_to or dtype_of(model.null_model)
-        return Networks(
-            network=self._running[0],
-            null_network=None if model.null_model is None else self._running[1],
-            image_shape=model.image_shape,
-            has_labels=model.num_classes is not None,
-            null_label=model.null_label,
-            null_unlabelled=model.null_model is not None and model.null_model.num_classes is None,
-            device=self.device,
-            dtype=self.dtype,
-            null_dtype=null_dtype,
-            state_dtype=self._state_dtype,
-        )
-
-    def _largest_that_fits(
-        self, tabled: _Tabled, shape: tuple[int, ...], size: int, guided: int, has_noise: bool, wants_x0: bool
-    ) -> int:
-        """The largest of size / 2, size / 4, ... images of which a row can be run beside all results, or 0
-
-        guided: images of the call that have a null row; any of them may meet in a batch.
-        """
+    def _largest_that_fits(self, tabled: _Tabled, request: Request) -> int:
+        """The largest of size / 2, size / 4, ... images of which a row can be run beside all results, or 0"""
+        size = request.size
         while size > 1:
             size //= 2
             try:
-                self._try_row(tabled, shape, size, min(size, guided), has_noise, wants_x0)
+                self._try_row(tabled, request, size)
                 return size
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -387,28 +354,24 @@ class Sampler:
                 self._release()
         return 0
 
-    def _try_row(
-        self, tabled: _Tabled, shape: tuple[int, ...], n: int, m: int, has_noise: bool, wants_x0: bool
-    ) -> None:
-        images = torch.empty(shape, dtype=self._state_dtype, device=self.device)
-        order = torch.arange(n)
-        y = None if self.model.num_classes is None else torch.zeros_like(order)
-        plan = GuidancePlan(order, y, (order < m).double())
-        step = self._step(tabled, plan, n, has_noise, wants_x0)
-        step.fill(tabled.table, plan, Randomness(torch.zeros_like(order), None, None))
-        step(step.shape.m)
+    def _try_row(self, tabled: _Tabled, request: Request, size: int) -> None:
+        images = torch.empty(request.shape, dtype=self._networks.state_dtype, device=self.device)
+        batch = request.trial(size)
+        step = self._step(tabled, request, batch, size)
+        step.fill(tabled.table, batch.plan, batch.randomness, batch.extra)
+        step(True)
         del images
 
-    def _run(self, step: Step, tabled: _Tabled, batch: _Batch, bar: Any, callback: Callback) -> torch.Tensor:
+    def _run(self, step: Step, tabled: _Tabled, batch: Batch, bar: Any, callback: Callback) -> torch.Tensor:
         """One batch, from x_T to images, in the caller's order"""
         plan, (table, guided) = batch.plan, tabled
-        step.fill(table, plan, batch.randomness)
+        step.fill(table, plan, batch.randomness, batch.extra)
         order, inverse = plan.order.to(self.device), plan.inverse.to(self.device)
         for row in range(len(table)):
             if step.noise is not None and batch.randomness.noise is not None and table.c_noise[row] != 0:
                 given = batch.randomness.noise(row)
                 step.noise[: plan.N].copy_(given[order if given.device == order.device else plan.order])
-            step(step.shape.m if guided[row] else 0)
+            step(bool(guided[row]))
             bar.update()
             if self.check_finite:
                 _check_row(step.x[inverse], table, row, batch.part.start)
@@ -438,13 +401,18 @@ def sample(
     dtype: str | torch.dtype | None = None,
     graph: bool | str = "auto",
     check_finite: bool = False,
+    classifier: Classifier | str | PathLike[str] | None = None,
+    classifier_scale: Weight = 1.0,
+    classifier_form: str | None = None,
+    extra: Mapping[str, torch.Tensor] | None = None,
     progress: bool = False,
     callback: Callback = None,
 ) -> torch.Tensor:
     """Draw images: float32 (N, C, H, W) on the model's device, nominally in [-1, 1]; float64 if dtype is float64.
 
     model: a DiffusionModel, a bundled model's name, or a checkpoint's folder.
-    labels: one in [0, num_classes), or N of them; None: unconditional.
+    labels: one in [0, num_classes), or N of them; None: unconditional. What a classifier is asked for, which alone
+        takes them where the model is unconditional.
     w: guidance weight, a number or (N,): eps = (1 + w) * eps_cond - w * eps_null (2207.12598 equation 6). 0 is
         conditional and does not run the null half, -1 is unconditional; guidance_scale elsewhere is 1 + w.
     num_images: N, where nothing else says it; what is given must agree.
@@ -453,11 +421,15 @@ def sample(
     x_T: (N, C, H, W), the noise to start from, instead of the seeds' own.
     noise: (rows, N, C, H, W), or a function of the row that returns (N, C, H, W) and the same for the same row: the
         noise of each row, instead of the seeds' own. Rows without noise do not ask for it.
+    classifier_scale: a number or (N,), by which each image's gradient d log p(label | x_t) / dx_t of the classifier is
+        multiplied; where it is 0 there is none, and where all are, the classifier does not run.
+    extra: further inputs by name, tensors (N, ...), which network(x, t, y, **extra) takes for each row; those of
+        floating point are cast to the compute dtype.
     progress: show a bar.
     callback: called as callback(row, rows, t, x, x0) after each row of each batch, x and x0 (N, C, H, W) of that batch;
         returning False raises Cancelled.
-    steps, solver, eta, guidance_interval, clip_x0, batch_size, device, dtype, graph, check_finite: see Sampler, which
-        is the thing to keep where a model is sampled more than once.
+    steps, solver, eta, guidance_interval, clip_x0, batch_size, device, dtype, graph, check_finite, classifier,
+        classifier_form: see Sampler, which is the thing to keep where a model is sampled more than once.
 
     Raises ValueError, TypeError or CheckpointError naming the argument, before any work.
     """
@@ -473,9 +445,20 @@ def sample(
         batch_size=batch_size,
         graph=graph,
         check_finite=check_finite,
+        classifier=classifier,
+        classifier_form=classifier_form,
     )
     return sampler(
-        labels, w, num_images=num_images, seed=seed, x_T=x_T, noise=noise, progress=progress, callback=callback
+        labels,
+        w,
+        num_images=num_images,
+        seed=seed,
+        x_T=x_T,
+        noise=noise,
+        classifier_scale=classifier_scale,
+        extra=extra,
+        progress=progress,
+        callback=callback,
     )
 
 

@@ -11,7 +11,7 @@ One row is one network evaluation. With g the guided network output, z unit nois
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from fastdiff.schedule import Schedule, Steps, timesteps
 __all__ = ["SOLVERS", "Solver", "StepTable", "ddim", "ddpm"]
 
 Array = npt.NDArray[np.float64]
+
+CLASSIFIER_FORMS = ("score", "mean")
+WORDS = ("prediction", "variance", "classifier_form")
 
 
 def _zero() -> Array:
@@ -36,6 +39,10 @@ class StepTable:
     sits at (1, 0 in the last row). variance tells the law of the noise: rows of "exact" give alpha_next * x0 +
     sigma_next * eps in distribution; "learned" takes its noise from the network, with beta tilde for the law;
     "fixed_large" is DDPM's upper bound, exact for data of unit variance. Coefficients left out are zero in every row.
+
+    reverse_variance is stated by solvers of DDPM's kind, whose step is a Gaussian p(x' | x) that a classifier moves by
+    its variance: that variance, in units of S where learned, c_noise^2 but for the last row, which has no noise and may
+    have one. classifier_form tells how k_grad and c_grad were made; None: both are zero, see with_classifier.
 
     Raises ValueError naming the first row that breaks a law.
     """
@@ -61,11 +68,13 @@ class StepTable:
     h_x0: Array = field(default_factory=_zero)
     log_beta: Array = field(default_factory=_zero)
     log_beta_tilde: Array = field(default_factory=_zero)
+    reverse_variance: Array | None = None
+    classifier_form: str | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.t)
         for name, value in vars(self).items():
-            if name not in ("prediction", "variance"):
+            if name not in WORDS and value is not None:
                 vector = np.broadcast_to(np.asarray(value, dtype=np.float64), (rows,)).copy()
                 vector.flags.writeable = False
                 object.__setattr__(self, name, vector)
@@ -108,6 +117,59 @@ class StepTable:
             raise ValueError("a table's first row has no history, and its last is first order: c_hist must be 0 there")
         if (self.log_beta < self.log_beta_tilde - 1e-12).any():
             raise ValueError("log_beta must be at least log_beta_tilde: they bound the learned variance")
+        self._law("reverse_variance = c_noise^2", self._reverse_variance[:-1], self.c_noise[:-1] ** 2)
+        self._law("reverse_variance >= 0", np.minimum(self._reverse_variance, 0), 0)
+        k_grad, c_grad = self._gradient(self.classifier_form)
+        # rows outside of guidance's interval take no gradient
+        taken = (self.k_grad != 0) | (self.c_grad != 0)
+        for name, got, expected in (("k_grad", self.k_grad, k_grad), ("c_grad", self.c_grad, c_grad)):
+            self._law(f"{name} of classifier_form={self.classifier_form!r}", got, np.where(taken, expected, 0), got)
+
+    @property
+    def _reverse_variance(self) -> Array:
+        return self.c_noise**2 if self.reverse_variance is None else self.reverse_variance
+
+    def _gradient(self, form: str | None) -> tuple[Array, Array]:
+        """k_grad and c_grad of every row; of "score", infinite or not a number where alpha = 0"""
+        if form not in (None, *CLASSIFIER_FORMS):
+            raise ValueError(f"classifier_form must be one of {list(CLASSIFIER_FORMS)} or None, got {form!r}")
+        if form != "score":
+            return np.zeros(len(self)), np.zeros(len(self)) if form is None else self._reverse_variance
+        g_x0, g_eps = named_prediction(self.prediction).target(self.alpha, self.sigma)
+        # eps - sigma * grad moves x0 by sigma^2 / alpha * grad, and g by what both do to it
+        with np.errstate(divide="ignore", invalid="ignore"):
+            k_grad = self.sigma**2 / self.alpha
+            return k_grad, self.c_out * (g_x0 * k_grad - g_eps * self.sigma)
+
+    def with_classifier(self, form: str | None, rows: npt.NDArray[np.bool_]) -> StepTable:
+        """The table with coefficients for grad = d log p(y | x) / dx of a classifier, in the rows (rows,) that are True
+
+        form: "score" puts eps - sigma * grad for eps (2105.05233 algorithm 2), after the clamp, in any solver; "mean"
+        adds the variance of the reverse step times grad to x' (algorithm 1), in solvers that have one; None is "mean"
+        where the solver states its reverse_variance, as ddpm does, and "score" elsewhere.
+
+        Raises ValueError for a form that the solver cannot have, or where alpha = 0.
+        """
+        if form is None:
+            form = "score" if self.reverse_variance is None else "mean"
+        k_grad, c_grad = self._gradient(form)
+        if form == "mean" and self.reverse_variance is None and not self.stochastic:
+            raise ValueError(
+                "classifier_form='mean' needs a solver that adds noise, and this one adds none; use 'score'"
+            )
+        if form == "score" and (rows & (self.alpha == 0)).any():
+            raise ValueError(
+                "classifier_form='score' needs alpha > 0, and alpha = 0 at "
+                f"t = {self.t[rows & (self.alpha == 0)][0]:g}; leave it out by guidance_interval"
+            )
+        if form == "score" and self.learned and (rows & (self.c_out != 0)).any():
+            raise ValueError("classifier_form='score' needs c_out = 0 where the variance is learned; use 'mean'")
+        return replace(
+            self,
+            classifier_form=form,
+            k_grad=np.where(rows, k_grad, 0),
+            c_grad=np.where(rows, c_grad, 0),
+        )
 
     def _law(self, law: str, got: Array, expected: Array | float, scale: Array | float = 1.0) -> None:
         tolerance = 1e-10 * np.maximum(1, np.abs(scale))
@@ -212,7 +274,8 @@ def ddpm(
     """DDPM (2006.11239) equation 7 on the respaced chain, whose betas are 1 - abar / abar_next.
 
     variance: "fixed_small" is beta tilde, "fixed_large" beta, "learned_range" interpolates between their logarithms by
-    the network's v (2102.09672 equation 15). No noise in the last row.
+    the network's v (2102.09672 equation 15). No noise in the last row; its variance, by which a classifier moves it, is
+    0, the clipped beta tilde, or learned.
     """
     if variance not in ("fixed_small", "fixed_large", "learned_range"):
         raise ValueError(f"variance must be 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
@@ -222,7 +285,11 @@ def ddpm(
     k_x, k_out = named_prediction(prediction).to_x0(np.sqrt(abar), np.sqrt(1 - abar))
     # beta tilde is 0 in the last row, so its logarithm is that of the row before; a single row has only beta
     clipped = np.append(beta_tilde[:-1], beta_tilde[-2] if len(t) > 1 else beta[-1])
-    noise = {"fixed_small": np.sqrt(beta_tilde), "fixed_large": np.sqrt(beta), "learned_range": np.ones_like(beta)}
+    reverse_variance = {
+        "fixed_small": beta_tilde,
+        "fixed_large": np.append(beta[:-1], clipped[-1]),
+        "learned_range": np.ones_like(beta),
+    }[variance]
     return StepTable(
         prediction=prediction,
         variance={"fixed_small": "exact", "fixed_large": "fixed_large", "learned_range": "learned"}[variance],
@@ -236,9 +303,10 @@ def ddpm(
         x0_max=np.array([1.0 if clip_x0 else np.inf]),
         c_x=np.sqrt(1 - beta) * (1 - abar_next) / (1 - abar),
         c_x0=np.sqrt(abar_next) * beta / (1 - abar),
-        c_noise=np.append(noise[variance][:-1], 0.0),
+        c_noise=np.append(np.sqrt(reverse_variance[:-1]), 0.0),
         log_beta=np.log(beta),
         log_beta_tilde=np.log(clipped),
+        reverse_variance=reverse_variance,
     )
 
 

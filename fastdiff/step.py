@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 
 from fastdiff.cuda_graph import GraphedStep, Pool
 from fastdiff.diffusion_model import Network, is_conditioned_apart
-from fastdiff.guidance import GuidancePlan
+from fastdiff.guidance import GuidancePlan, classifier_gradient
+from fastdiff.networks import Networks
 from fastdiff.solvers import StepTable
 from fastdiff_kernels import COEFS, STREAM_X_T, guided_step, load_row, philox_normal
 
-__all__ = ["Networks", "Randomness", "Shape", "Step", "bucket"]
+__all__ = ["Randomness", "Shape", "Step", "bucket"]
 
 # a table of all rows' modulations up to here; above, one of their embeddings, and a product in every step
 MODULATION_BYTES = 2**28
@@ -32,9 +33,10 @@ def bucket(n: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """All that buffers and graphs depend on, but for the network's weights
+    """All that buffers and graphs depend on, but for the networks' weights
 
-    n: images; m: those with a null row; capacity: rows of a table that fit.
+    n: images; m: those with a null row; capacity: rows of a table that fit; classified: whether a classifier guides;
+    extra: name, shape of one image's and dtype of each further input.
     """
 
     n: int
@@ -45,31 +47,43 @@ class Shape:
     has_history: bool
     has_noise: bool
     wants_x0: bool
+    classified: bool = False
+    extra: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
 
     @classmethod
-    def of(cls, table: StepTable, n: int, m: int, has_noise: bool, wants_x0: bool) -> Shape:
-        capacity = max(LEAST_CAPACITY, 1 << (len(table) - 1).bit_length())
-        return cls(n, m, capacity, table.stochastic, table.learned, table.has_history, has_noise, wants_x0)
+    def of(
+        cls,
+        table: StepTable,
+        n: int,
+        m: int,
+        *,
+        has_noise: bool,
+        wants_x0: bool,
+        classified: bool = False,
+        extra: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Shape:
+        """dtype: what floating-point tensors of extra (rows, ...) are cast to"""
+        return cls(
+            n=n,
+            m=m,
+            capacity=max(LEAST_CAPACITY, 1 << (len(table) - 1).bit_length()),
+            stochastic=table.stochastic,
+            learned=table.learned,
+            has_history=table.has_history,
+            has_noise=has_noise,
+            wants_x0=wants_x0,
+            classified=classified,
+            extra=tuple(
+                (name, tuple(values.shape[1:]), dtype if values.is_floating_point() else values.dtype)
+                for name, values in sorted((extra or {}).items())
+            ),
+        )
 
-
-@dataclass(frozen=True)
-class Networks:
-    """What a step evaluates: a network, and whose output guidance leads away from, where that is another's
-
-    image_shape: (C, H, W). null_label: of the network, where null rows are its own; null_unlabelled: whether the other
-    takes y=None. dtype, null_dtype: of the networks' inputs; state_dtype: float32 or float64.
-    """
-
-    network: Network
-    null_network: Network | None
-    image_shape: tuple[int, int, int]
-    has_labels: bool
-    null_label: int | None
-    null_unlabelled: bool
-    device: torch.device
-    dtype: torch.dtype
-    null_dtype: torch.dtype | None
-    state_dtype: torch.dtype
+    @property
+    def guides(self) -> bool:
+        """Whether a guided row differs from one that is not"""
+        return self.m > 0 or self.classified
 
 
 @dataclass(frozen=True)
@@ -81,8 +95,11 @@ class Randomness:
     noise: Callable[[int], torch.Tensor] | None
 
 
+Extra = dict[str, torch.Tensor]
+
+
 class _Plain:
-    """Any network(x, t, y) over B rows"""
+    """Any network(x, t, y, **extra) over B rows"""
 
     shares_x = False
 
@@ -102,9 +119,12 @@ class _Plain:
         if self.y is not None and y is not None:
             self.y.copy_(y)
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, draw: torch.Tensor, live: int) -> torch.Tensor:
-        x = x[:live] if self.dtype is None else x[:live].to(self.dtype)
-        return self.network(x, t[:live], None if self.y is None else self.y[:live])
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, draw: torch.Tensor, live: int, extra: Extra) -> torch.Tensor:
+        y = None if self.y is None else self.y[:live]
+        return self.network(self._cast(x[:live]), t[:live], y, **{k: self._cast(v[:live]) for k, v in extra.items()})
+
+    def _cast(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.dtype is None or not values.is_floating_point() else values.to(self.dtype)
 
 
 class _Hoisted:
@@ -138,9 +158,10 @@ class _Hoisted:
                 kept = self.network.modulation(kept)
             self.table[start : start + len(part)].copy_(kept.view(len(part), rows, -1))
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, draw: torch.Tensor, live: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, draw: torch.Tensor, live: int, extra: Extra) -> torch.Tensor:
         row = self.table[:, :live].index_select(0, draw)[0]
-        return self.network.body(x[:live], row if self.modulated else self.network.modulation(row))
+        mod = row if self.modulated else self.network.modulation(row)
+        return self.network.body(x[:live], mod, **{name: values[:live] for name, values in extra.items()})
 
 
 class Step:
@@ -183,7 +204,11 @@ class Step:
         doubled = n + (0 if apart or self.part.shares_x else m)
         self.x_net = new(doubled, *image, dtype=networks.dtype)
         self.t = new(doubled)
-        self.graphs: dict[int, GraphedStep] = {}
+        self.extra: Extra = {name: new(doubled, *size, dtype=dtype) for name, size, dtype in shape.extra}
+        self.classes = new(n, dtype=torch.int64) if shape.classified else None
+        self.scale = new(n) if shape.classified else None
+        # of rows that are guided, and of those that are not
+        self.graphs: dict[bool, GraphedStep] = {}
         # what was allocated here goes back to this stream
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
@@ -195,14 +220,25 @@ class Step:
         for part in (self.part, self.null_part):
             if part is not None:
                 yield from part.static()
+        yield from self.extra.values()
 
-    def capture(self, m: int, pool: Pool | None) -> None:
-        """A graph of a row with m null rows; fill comes after"""
-        if m not in self.graphs:
-            self.graphs[m] = GraphedStep(lambda: self.run(m), self.static(), pool=pool)
+    def capture(self, guided: bool, pool: Pool | None) -> None:
+        """A graph of a row that is guided or not; fill comes after"""
+        guided = guided and self.shape.guides
+        if guided not in self.graphs:
+            self.graphs[guided] = GraphedStep(lambda: self.run(guided), self.static(), pool=pool)
 
-    def fill(self, table: StepTable, plan: GuidancePlan, randomness: Randomness) -> None:
-        """Everything for a call; images and null rows beyond the plan's are of no consequence"""
+    def fill(
+        self,
+        table: StepTable,
+        plan: GuidancePlan,
+        randomness: Randomness,
+        extra: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Everything for a call; images and null rows beyond the plan's are of no consequence
+
+        extra: (N, ...) each, in the caller's order.
+        """
         rows, shape = len(table), self.shape
         for buffer, values in ((self.table, table.pack(COEFS)), (self.times, table.t)):
             buffer.zero_()[:rows].copy_(torch.from_numpy(values.copy()))
@@ -228,32 +264,61 @@ class Step:
             self.x.copy_(philox_normal(self.seeds, size, draw=0, stream=STREAM_X_T, dtype=self.x.dtype))
         else:
             self.x.zero_()[: plan.N].copy_(randomness.x_T[plan.order])
+        for name, buffer in self.extra.items():
+            given = (extra or {})[name]
+            ordered = given[plan.order.to(given.device)]
+            # an image's own values are valid ones for those beyond, too
+            buffer[:] = ordered[:1]
+            buffer[: plan.N].copy_(ordered)
+            buffer[shape.n :].copy_(buffer[: len(buffer) - shape.n])
+        if self.classes is not None and self.scale is not None:
+            assert plan.classes is not None and plan.scale is not None
+            self.classes.zero_()[: plan.N].copy_(plan.classes)
+            self.scale.zero_()[: plan.N].copy_(plan.scale)
         self.x_net[: shape.n].copy_(self.x)
         self.x_net[shape.n :].copy_(self.x[: len(self.x_net) - shape.n])
         for state in (self.x0, self.noise, self.hist, self.coefs, self.t, self.counter, self.draw):
             if state is not None:
                 state.zero_()
 
-    def __call__(self, m: int) -> None:
-        """The next row, with m null rows: 0 or M"""
-        self.graphs.get(m, lambda: self.run(m))()
+    def __call__(self, guided: bool) -> None:
+        """The next row: guided, by its null rows and a classifier, or by neither"""
+        guided = guided and self.shape.guides
+        self.graphs.get(guided, lambda: self.run(guided))()
 
-    def run(self, m: int) -> None:
+    def run(self, guided: bool) -> None:
         """What a graph captures: no host read, no branch on device data"""
         load_row(self.table, self.times, self.counter, self.coefs, self.t, self.draw)
+        # before the network, so that not both hold their activations
+        grad = self.gradient() if guided and self.shape.classified else None
         philox = self.shape.stochastic and self.noise is None
         guided_step(
             self.x,
-            self.evaluate(m),
+            self.evaluate(self.shape.m if guided else 0),
             self.coefs,
             self.w,
             x_net=self.x_net,
             x0=self.x0,
             hist=self.hist,
+            grad=grad,
             noise=self.noise,
             seeds=self.seeds if philox else None,
             draw=self.draw if philox else None,
             learned=self.shape.learned,
+        )
+
+    def gradient(self) -> torch.Tensor:
+        """The classifier's, (N, C, H, W), times each image's scale"""
+        networks, n = self.networks, self.shape.n
+        assert networks.classifier is not None and self.classes is not None and self.scale is not None
+        return classifier_gradient(
+            networks.classifier,
+            self.x,
+            self.t[:n],
+            self.classes,
+            self.scale,
+            num_classes=networks.num_classes,
+            dtype=networks.classifier_dtype,
         )
 
     def evaluate(self, m: int) -> torch.Tensor:
@@ -261,9 +326,9 @@ class Step:
         n, learned = self.shape.n, self.shape.learned
         if self.null_part is None or not m:
             live = n + m
-            return self._checked(self.part(self.x_net, self.t, self.draw, live), live, learned)
-        out = self._checked(self.part(self.x_net, self.t, self.draw, n), n, learned)
-        null = self._checked(self.null_part(self.x_net, self.t, self.draw, m), m, False).to(out.dtype)
+            return self._checked(self.part(self.x_net, self.t, self.draw, live, self.extra), live, learned)
+        out = self._checked(self.part(self.x_net, self.t, self.draw, n, self.extra), n, learned)
+        null = self._checked(self.null_part(self.x_net, self.t, self.draw, m, self.extra), m, False).to(out.dtype)
         channels = self.networks.image_shape[0]
         if not learned:
             return torch.cat((out[:, :channels], null[:, :channels]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # before torch: processes side by side must not each take every core
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -17,6 +18,29 @@ if not torch.cuda.is_available():
 
 WHY = "no CUDA or ROCm device"
 NO_TRITON = "triton is not installed"
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Graphs wherever there may be some; a list that grows with each, and their replays are counted"""
+    import fastdiff.step
+    from fastdiff.cuda_graph import GraphedStep
+
+    made: list[GraphedStep] = []
+
+    class Counted(GraphedStep):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+            made.append(self)
+            self.replays = 0
+
+        def __call__(self) -> None:
+            self.replays += 1
+            super().__call__()
+
+    monkeypatch.setattr(fastdiff.Sampler, "_can_capture", lambda self: True)
+    monkeypatch.setattr(fastdiff.step, "GraphedStep", Counted)
+    return made
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

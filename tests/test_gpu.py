@@ -33,6 +33,17 @@ def small_model() -> fastdiff.DiffusionModel:
     return fastdiff.DiffusionModel(network, "linear", num_classes=4, null_label=4, image_shape=(1, 8, 8))
 
 
+def small_classifier() -> fastdiff.Classifier:
+    torch.manual_seed(1)
+    layers = (torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.GroupNorm(4, 16), torch.nn.SiLU(), torch.nn.Flatten())
+
+    class Network(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + 1e-3 * t[:, None, None, None].to(x.dtype))
+
+    return fastdiff.Classifier(Network(*layers, torch.nn.Linear(16 * 64, 4)), "linear", 4, (1, 8, 8))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_noise_is_that_of_the_cpu(device: str) -> None:
     seeds = torch.tensor(fastdiff.image_seeds(3, 5))
@@ -78,8 +89,10 @@ def test_float64_is_refused_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_synchronises_with_no_host() -> None:
-    sampler = fastdiff.Sampler(small_model(), steps=5, solver="ddpm", device="cuda", graph=False)
+@pytest.mark.parametrize("classified", [False, True], ids=["w", "w and a classifier"])
+def test_a_step_synchronises_with_no_host(classified: bool) -> None:
+    classifier = small_classifier() if classified else None
+    sampler = fastdiff.Sampler(small_model(), steps=5, solver="ddpm", device="cuda", graph=False, classifier=classifier)
     sampler([0, 1], 1.5, seed=0)  # buffers, cuDNN
     (step,) = sampler._steps.values()
     step.counter.zero_()
@@ -87,7 +100,7 @@ def test_a_step_synchronises_with_no_host() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            step.run(2)
+            step.run(guided=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -115,6 +128,23 @@ def test_replays_give_the_images_of_an_eager_run(call: str, dtype: str) -> None:
         images = sampler(**CALLS[call], seed=0)
         assert (images - eager).abs().max() < {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}[dtype]
     assert sampler._graphing and all(step.graphs for step in sampler._steps.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["score", "mean"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_is_captured_and_replayed(dtype: str, form: str) -> None:
+    """autograd inside of a capture; scales, labels and images are data of the graph"""
+    options = {"steps": 10, "solver": "ddpm", "device": "cuda", "dtype": dtype, "guidance_interval": (0.1, 20.0)}
+    options |= {"classifier": small_classifier(), "classifier_form": form}
+    captured = fastdiff.Sampler(small_model(), **options, graph=True)
+    eager = fastdiff.Sampler(small_model(), **options, graph=False)
+    for scale in (1.0, [0.5, 0.0, 2.0]):
+        call = {"labels": [0, 1, 2], "w": [0.0, 1.5, -1.0], "classifier_scale": scale, "seed": 0}
+        expected = eager(**call)
+        for _ in range(2):
+            assert (captured(**call) - expected).abs().max() < {"float32": 1e-3, "bfloat16": 0.3}[dtype]
+    assert all(p.grad is None for p in options["classifier"].parameters())
 
 
 @pytest.mark.gpu

@@ -25,8 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "variational_bound": {"prediction", "schedule", "solvers"},
     "placement": {"classifier", "diffusion_model"},
     "cuda_graph": set(),
-    "request": {"diffusion_model", "noise", "schedule", "solvers"},
-    "step": {"cuda_graph", "diffusion_model", "guidance", "solvers", KERNELS},
+    "request": {
+        *("checkpoint", "classifier", "diffusion_model", "guidance", "noise", "schedule", "solvers", "step"),
+    },
+    "arguments": {"checkpoint", "training"},
+    "networks": {"classifier", "diffusion_model", "placement"},
+    "step": {"cuda_graph", "diffusion_model", "guidance", "networks", "solvers", KERNELS},
     "solvers": {"schedule", "prediction"},
     "model": {KERNELS},
     "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
@@ -34,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": {"diffusion_model", "model", "schedule"},
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
-        *("request", "step", "cuda_graph", "classifier"),
+        *("request", "step", "cuda_graph", "classifier", "networks"),
     },
     "training": {
         *("atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS),

@@ -427,7 +427,7 @@ class Mixed(nn.Module):
 def test_a_foreign_network_keeps_every_parameters_dtype():
     sampler = Sampler(a_model(Mixed()), steps=STEPS)
     sampler([1], seed=0)
-    assert sampler.dtype == torch.bfloat16 and sampler._running == [sampler.model.network]
+    assert sampler.dtype == torch.bfloat16 and sampler._networks.network is sampler.model.network
 
 
 def test_dropout_stays_off_while_anybody_samples_the_network():

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference.networks import NULL, Recorder, mixing
+from reference.networks import NULL, Recorder, judging, mixing
 
 import fastdiff
 import fastdiff.sampler
-from fastdiff import DiffusionModel, Sampler
+from fastdiff import Classifier, DiffusionModel, Sampler
 from fastdiff.solvers import ddim
 
 SHAPE, STEPS = (2, 4, 4), 6
@@ -18,6 +18,10 @@ SHAPE, STEPS = (2, 4, 4), 6
 
 def a_model(network=mixing, **options) -> DiffusionModel:
     return DiffusionModel(network, "linear", **{"image_shape": SHAPE, "null_label": NULL} | options)
+
+
+def a_classifier(schedule="linear", classes=10, shape=SHAPE) -> Classifier:
+    return Classifier(judging, schedule, classes, shape)
 
 
 IMAGES = torch.zeros(2, *SHAPE)
@@ -65,9 +69,54 @@ BAD_CALLS = {
     "noise shape": ({"labels": [1, 2], "noise": IMAGES}, ValueError, r"noise must have shape \(6, 2, 2, 4, 4\)"),
     "noise integers": ({"noise": torch.zeros(STEPS, 1, *SHAPE).long()}, TypeError, "noise must be floating point"),
     "noise array": ({"noise": np.zeros((STEPS, 1, *SHAPE))}, TypeError, "noise must be a tensor"),
+    "scale without classifier": ({"classifier_scale": 2.0}, ValueError, "classifier_scale needs a classifier, got 2.0"),
+    "scales without classifier": ({"classifier_scale": [1.0]}, ValueError, "classifier_scale needs a classifier"),
+    "extra tensor": ({"extra": IMAGES}, TypeError, "extra must be a mapping of names to tensors or None, got Tensor"),
+    "extra array": ({"extra": {"low": np.ones(1)}}, TypeError, "extra must hold tensors by name, got 'low': ndarray"),
+    "extra number": ({"extra": {3: IMAGES}}, TypeError, "extra must hold tensors by name, got 3: Tensor"),
+    "extra 0-d": ({"extra": {"low": torch.ones(())}}, ValueError, r"extra\['low'\] must have shape \(N, ...\)"),
+    "extra rows": (
+        {"labels": [1, 2, 3], "extra": {"low": IMAGES}},
+        ValueError,
+        r"number of images: labels has 3, extra\['low'\] has 2",
+    ),
     "callback": ({"callback": 3}, TypeError, "callback must be a function or None, got int"),
 }
+GUIDED = {"classifier": a_classifier()}
 BAD_OPTIONS = {
+    "classifier function": ({"classifier": judging}, TypeError, "classifier must be a Classifier, .* got function"),
+    "classifier's images": (
+        {"classifier": a_classifier(shape=(2, 4, 8))},
+        ValueError,
+        r"classifier must have image_shape=\(2, 4, 4\) as the model, got \(2, 4, 8\)",
+    ),
+    "classifier's schedule": (
+        {"classifier": a_classifier("cosine")},
+        ValueError,
+        "classifier must have the model's schedule: the same alphas_cumprod",
+    ),
+    "classifier's classes": (
+        {"classifier": a_classifier(classes=9)},
+        ValueError,
+        "classifier must have num_classes=10 as the model, got 9",
+    ),
+    "form without classifier": ({"classifier_form": "mean"}, ValueError, "classifier_form needs a classifier, got 'm"),
+    "form unknown": (GUIDED | {"classifier_form": "eps"}, ValueError, r"classifier_form must be one of .* got 'eps'"),
+    "form of ddim": (GUIDED | {"classifier_form": "mean"}, ValueError, "classifier_form='mean' needs a solver that"),
+    "scale NaN": (GUIDED | {"classifier_scale": math.nan}, ValueError, "classifier_scale must be finite, got nan"),
+    "scale text": (GUIDED | {"classifier_scale": "1"}, TypeError, "classifier_scale must be a number"),
+    "scale True": (GUIDED | {"classifier_scale": True}, TypeError, "classifier_scale must be a number"),
+    "scale 2-D": (
+        GUIDED | {"classifier_scale": [[1.0]]},
+        ValueError,
+        r"classifier_scale .* got shape \(1, 1\)",
+    ),
+    "scales too many": (
+        GUIDED | {"labels": [1, 2], "classifier_scale": [1.0] * 3},
+        ValueError,
+        "labels has 2, classifier_scale has 3",
+    ),
+    "classifier without labels": (GUIDED | {"labels": None}, ValueError, "labels must be given: .*classifier_scale=0"),
     "steps 0": ({"steps": 0}, ValueError, "steps must be in .*the nearest is 1"),
     "steps -1": ({"steps": -1}, ValueError, "steps must be in .*the nearest is 1"),
     "steps 2.5": ({"steps": 2.5}, ValueError, "steps must be a whole number.*the nearest is 2"),
@@ -199,6 +248,17 @@ def test_a_model_that_cannot_be(case):
     bad, error, message = BAD_MODELS[case]
     with pytest.raises(error, match=message):
         DiffusionModel(**MODEL | bad)
+
+
+def test_labels_of_an_unconditional_model_are_the_classifiers():
+    model = a_model(num_classes=None, null_label=None)
+    with pytest.raises(ValueError, match="labels must be None: the model is unconditional"):
+        fastdiff.sample(model, 1, steps=STEPS)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 10\), got 10"):
+        fastdiff.sample(model, 10, steps=STEPS, **GUIDED)
+    with pytest.raises(ValueError, match=r"w must be 0 or -1: the model is unconditional, .*; got 1.5"):
+        fastdiff.sample(model, 1, 1.5, steps=STEPS, **GUIDED)
+    assert fastdiff.sample(model, 1, steps=STEPS, **GUIDED).isfinite().all()
 
 
 def test_a_null_label_inside_the_classes_cannot_be_passed_by_hand():

@@ -40,7 +40,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 def addresses(step: Step) -> dict[str, int]:
-    buffers = {name: value for name, value in vars(step).items() if isinstance(value, torch.Tensor)}
+    buffers = {name: value for name, value in vars(step).items() if isinstance(value, torch.Tensor)} | step.extra
     return {name: buffer.data_ptr() for name, buffer in buffers.items()}
 
 
@@ -76,6 +76,7 @@ def test_a_step_runs_on_tensors_that_hold_no_data(monkeypatch, table):
         meta = copy.copy(self)
         for part in ("part", "null_part"):
             setattr(meta, part, copy.copy(getattr(self, part)))
+        meta.extra = {name: values.to("meta") for name, values in self.extra.items()}
         for owner in (meta, meta.part):
             for name, value in vars(owner).items():
                 if isinstance(value, torch.Tensor):

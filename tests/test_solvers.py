@@ -237,9 +237,11 @@ def test_the_first_and_the_last_row_have_no_history(row):
         dataclasses.replace(table, **perturbed(table, "c_hist", row))
 
 
-COEFFICIENTS = [
-    f.name for f in dataclasses.fields(StepTable) if f.name not in ("prediction", "variance", "x0_max", "t")
-]
+def vectors(table: StepTable) -> dict[str, np.ndarray]:
+    return {name: value for name, value in vars(table).items() if isinstance(value, np.ndarray)}
+
+
+COEFFICIENTS = sorted(vectors(a_table("ddim")).keys() - {"x0_max", "t"})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
@@ -260,22 +262,14 @@ def test_a_clamp_needs_room(value):
 def test_rows_follow_one_another(name):
     table = a_table(name)
     order = [0, 2, 1, *range(3, len(table))]
-    rows = {
-        f.name: getattr(table, f.name)[order]
-        for f in dataclasses.fields(table)
-        if f.name not in ("prediction", "variance")
-    }
+    rows = {name: values[order] for name, values in vectors(table).items()}
     with pytest.raises(ValueError, match="the next row starts where this one ends"):
         dataclasses.replace(table, **rows)
 
 
 def test_a_table_that_does_not_end_clean():
     table = a_table("ddim")
-    rows = {
-        f.name: getattr(table, f.name)[:-1]
-        for f in dataclasses.fields(table)
-        if f.name not in ("prediction", "variance")
-    }
+    rows = {name: values[:-1] for name, values in vectors(table).items()}
     with pytest.raises(ValueError, match="the last row's alpha_next = 1"):
         StepTable(prediction="eps", **rows)
 
@@ -310,3 +304,99 @@ def test_solver_options_list_their_choices():
         ddim(schedule, 10, eps="clipped")
     with pytest.raises(ValueError, match=r"variance must be 'fixed_small', .* got 'tiny'"):
         ddpm(schedule, 10, variance="tiny")
+
+
+EVERYWHERE, PART = np.ones(9, dtype=bool), np.arange(9) % 3 != 1
+
+
+@pytest.mark.parametrize("rows", [EVERYWHERE, PART], ids=["everywhere", "interval"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("name", TABLES)
+def test_the_score_form_is_what_a_moved_eps_does(name, prediction, rows):
+    """x' of one row for eps - sigma * grad in place of eps, alpha * x0 + sigma * eps = x, unclipped"""
+    table = a_table(name, prediction)
+    guided = table.with_classifier("score", rows)
+    assert guided.classifier_form == "score" and not (guided.k_grad[~rows].any() or guided.c_grad[~rows].any())
+    x, eps, grad = np.random.default_rng(0).standard_normal((3, 9))
+
+    def step(of: StepTable, eps: np.ndarray, grad: np.ndarray) -> np.ndarray:
+        x0 = (x - of.sigma * eps) / of.alpha
+        g = {"eps": eps, "v": of.alpha * eps - of.sigma * x0, "x0": x0}[prediction]
+        x0 = of.k_x * x + of.k_out * g + of.k_grad * grad
+        return of.c_x * x + of.c_x0 * x0 + of.c_out * g + of.c_grad * grad
+
+    moved = step(table, np.where(rows, eps - table.sigma * grad, eps), 0 * grad)
+    np.testing.assert_allclose(step(guided, eps, grad), moved, rtol=0, atol=1e-9)
+
+
+REVERSE = {"ddim eta 0.3": "eta", "ddim eta 1": "small", "ddpm fixed_small": "small", "ddpm fixed_large": "large"}
+
+
+@pytest.mark.parametrize("rows", [EVERYWHERE, PART], ids=["everywhere", "interval"])
+@pytest.mark.parametrize("name", [*REVERSE, "ddpm learned_range"])
+def test_the_mean_form_is_the_variance_of_the_step(name, rows):
+    table = a_table(name)
+    guided = table.with_classifier("mean", rows)
+    beta = 1 - table.alpha**2 / table.alpha_next**2
+    beta_tilde = beta * table.sigma_next**2 / table.sigma**2
+    expected = {"eta": 0.09 * beta_tilde, "small": beta_tilde, "large": beta}.get(REVERSE.get(name), np.ones(9)).copy()
+    if name == "ddpm fixed_large":
+        expected[-1] = beta_tilde[-2]
+    np.testing.assert_allclose(guided.c_grad, np.where(rows, expected, 0), rtol=1e-12, atol=1e-15)
+    assert not guided.k_grad.any()
+
+
+@pytest.mark.parametrize(("variance", "expected"), [("fixed_small", 0), ("fixed_large", None), ("learned_range", 1)])
+def test_the_mean_form_of_a_single_row(variance, expected):
+    """Whose clipped variance is beta"""
+    table = ddpm(Schedule.named("linear"), 1, variance=variance).with_classifier("mean", np.ones(1, dtype=bool))
+    np.testing.assert_allclose(table.c_grad, [1 - table.alpha[0] ** 2 if expected is None else expected], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [*((name, "score") for name in TABLES), *((name, "mean") for name in REVERSE)]
+)
+def test_a_wrong_gradient_breaks_a_law(name, form):
+    table = a_table(name).with_classifier(form, PART)
+    for coefficient in ("k_grad", "c_grad"):
+        for row in range(9):
+            with pytest.raises(ValueError, match=f"{LAW}: [kc]_grad of classifier_form='{form}'"):
+                dataclasses.replace(table, **perturbed(table, coefficient, row))
+            with pytest.raises(ValueError, match=f"{LAW}: {coefficient} of classifier_form=None"):
+                dataclasses.replace(a_table(name), **perturbed(a_table(name), coefficient, row))
+
+
+def test_a_stated_reverse_variance_is_that_of_the_noise():
+    table = a_table("ddim eta 0.3")
+    stated = dataclasses.replace(table, reverse_variance=table.c_noise**2 + 1e-3 * (np.arange(9) == 8))
+    assert stated.with_classifier(None, EVERYWHERE).classifier_form == "mean"
+    assert stated.with_classifier(None, EVERYWHERE).c_grad[-1] == pytest.approx(1e-3)
+    assert table.with_classifier(None, EVERYWHERE).classifier_form == "score"
+    for row in range(8):
+        with pytest.raises(ValueError, match=f"row {row} breaks a law of the table: reverse_variance = c_noise"):
+            dataclasses.replace(stated, **perturbed(stated, "reverse_variance", row))
+    with pytest.raises(ValueError, match=f"{LAW}: reverse_variance >= 0"):
+        dataclasses.replace(stated, **perturbed(stated, "reverse_variance", 8, -1))
+
+
+def test_forms_that_a_solver_cannot_have():
+    with pytest.raises(ValueError, match=r"classifier_form must be one of \['score', 'mean'\] or None, got 'eps'"):
+        a_table("ddim").with_classifier("eps", EVERYWHERE)
+    with pytest.raises(ValueError, match=r"classifier_form='mean' needs a solver that adds noise.*; use 'score'"):
+        a_table("ddim").with_classifier("mean", EVERYWHERE)
+    pure = ddim(zero_terminal_snr(), 9, prediction="v")
+    with pytest.raises(ValueError, match=r"classifier_form='score' needs alpha > 0, .* t = 999; .*guidance_interval"):
+        pure.with_classifier("score", EVERYWHERE)
+    assert np.isfinite(pure.with_classifier("score", np.arange(9) > 0).k_grad).all()
+    assert np.isfinite(ddpm(zero_terminal_snr(), 9, prediction="v").with_classifier(None, EVERYWHERE).c_grad).all()
+    learned, out = a_table("ddpm learned_range"), 1e-3 * (np.arange(9) == 4)
+    # g = eps is (x - alpha x0) / sigma
+    mixed = dataclasses.replace(
+        learned,
+        c_out=out,
+        c_x=learned.c_x - out / learned.sigma,
+        c_x0=learned.c_x0 + out * learned.alpha / learned.sigma,
+    )
+    with pytest.raises(ValueError, match="classifier_form='score' needs c_out = 0 where the variance is learned"):
+        mixed.with_classifier("score", EVERYWHERE)
+    mixed.with_classifier("score", np.arange(9) != 4)

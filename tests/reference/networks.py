@@ -34,6 +34,13 @@ def mixing_learned(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> 
     return torch.cat([g, torch.sin(2 * g + x.flip(-2))], dim=1)
 
 
+def judging(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Logits (B, 10) of a classifier, whose gradient differs from pixel to pixel and depends on x, t and the label"""
+    k = torch.arange(1, 11, device=x.device, dtype=x.dtype) / 10
+    phase = torch.arange(x[0].numel(), device=x.device) + torch.sin(3 * t / 1000)[:, None]
+    return torch.sin(k[:, None] * x.flatten(1)[:, None] + phase[:, None].to(x.dtype)).sum(-1)
+
+
 class Recorder:
     """A network that keeps the inputs of its calls"""
 
@@ -42,12 +49,16 @@ class Recorder:
         self.x: list[torch.Tensor] = []
         self.t: list[torch.Tensor] = []
         self.y: list[list[int] | None] = []
+        self.extra: list[dict[str, torch.Tensor]] = []
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
-        self.x.append(x.clone())
+    def __call__(
+        self, x: torch.Tensor, t: torch.Tensor, *y: torch.Tensor | None, **extra: torch.Tensor
+    ) -> torch.Tensor:
+        self.x.append(x.detach().clone())
         self.t.append(t.clone())
-        self.y.append(None if y is None else y.tolist())
-        return self.network(x, t, y)
+        self.y += [None if labels is None else labels.tolist() for labels in y]
+        self.extra.append({name: values.clone() for name, values in extra.items()})
+        return self.network(x, t, *y, **extra)
 
     @property
     def batches(self) -> list[int]:

@@ -1,0 +1,82 @@
+"""What the words of a command line stand for: labels, steps, files, a classifier; torch is imported where needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["classifier_facts", "free_name", "low_res_images", "parse_labels", "parse_steps"]
+
+DEFAULT_OUT = "samples.png"
+MAX_LABELS = 10**6
+
+
+def parse_labels(text: str) -> list[int] | None:
+    """The labels that 0-9, 3,1,4 or 0-3,7 stand for, None for "none". Raises ValueError for anything else."""
+    if text.strip().lower() == "none":
+        return None
+    labels: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise ValueError(f"--labels must be such as 0-9, 3,1,4 or 0-3,7, or none, got {text!r}")
+        if len(labels) + last - first >= MAX_LABELS:
+            raise ValueError(f"--labels must name at most {MAX_LABELS} labels, got {text!r}")
+        labels += range(first, last + 1)
+    return labels
+
+
+def parse_steps(text: str) -> int | str:
+    """N as a number, everything else as it is."""
+    return int(text) if re.fullmatch(r"\d+", text) else text
+
+
+def free_name(force: bool) -> str:
+    """samples.png, or unless force the first of samples-2.png, ... that is free."""
+    stem, number, name = Path(DEFAULT_OUT).stem, 1, DEFAULT_OUT
+    while not force and Path(name).exists():
+        number += 1
+        name = f"{stem}-{number}.png"
+    return name
+
+
+def classifier_facts(classifier: str | None, scale: float | None) -> dict[str, Any]:
+    """What metadata tell of a classifier, its name or folder, and of its scale; empty without one.
+
+    Raises ValueError for a scale without a classifier, CheckpointError for one that cannot be read.
+    """
+    from fastdiff import checkpoint
+
+    if classifier is None:
+        if scale is not None:
+            raise ValueError(f"--classifier-scale {scale:g} needs a --classifier")
+        return {}
+    facts = checkpoint.info(checkpoint.BUNDLED_CLASSIFIERS.get(classifier, classifier))
+    return {
+        "classifier": facts["config"]["name"],
+        "classifier_sha256": facts["sha256"],
+        "classifier_scale": 1.0 if scale is None else scale,
+    }
+
+
+def low_res_images(path: str | None, model: str, network: object, n: int) -> dict[str, torch.Tensor] | None:
+    """extra of a super-resolution network: n pictures of an .npz (arr_0, uint8 N H W C) in [-1, 1]; None without path.
+
+    Raises ValueError for another number of pictures, and without path for a network that asks for them.
+    """
+    from fastdiff.training.data import npz
+
+    if path is None:
+        shape = getattr(network, "extra_shapes", {}).get("low_res")
+        if shape is None:
+            return None
+        raise ValueError(f"model {model} enlarges pictures: give {n} of {shape[1]}x{shape[2]} by --low-res FILE.npz")
+    low_res = npz(path).images
+    if len(low_res) != n:
+        raise ValueError(f"--low-res {path} must hold {n} pictures, one an image drawn, got {len(low_res)}")
+    return {"low_res": low_res}

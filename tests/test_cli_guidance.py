@@ -1,0 +1,128 @@
+"""fastdiff sample with a classifier and with pictures to enlarge: what it passes on, records and refuses"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference.networks import judging, mixing
+from test_cli import FAST, in_tmp, tiny  # noqa: F401
+
+import fastdiff
+from fastdiff import Classifier, DiffusionModel, checkpoint, cli, images
+
+FACTS = {"sha256": "c" * 64, "config": {"name": "judge"}}
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Classifier:
+    """What the name "judge" stands for"""
+    classifier, info = Classifier(judging, "linear"), checkpoint.info
+    folder = Path("/where/it/is")
+
+    def load_classifier(src: object, **options: object) -> Classifier:
+        assert src == "judge"
+        return classifier
+
+    monkeypatch.setattr(checkpoint, "BUNDLED_CLASSIFIERS", {"judge": folder}, raising=False)
+    monkeypatch.setattr(checkpoint, "load_classifier", load_classifier, raising=False)
+    monkeypatch.setattr(checkpoint, "info", lambda src: FACTS if src == folder else info(src))
+    return classifier
+
+
+OPTIONS = {
+    "defaults": (["--classifier", "judge"], {}, "score"),
+    "scale": (["--classifier", "judge", "--classifier-scale", "2.5", "--w", "0"], {"classifier_scale": 2.5}, "score"),
+    "mean": (["--classifier", "judge", "--solver", "ddpm"], {"solver": "ddpm"}, "mean"),
+    "form": (
+        ["--classifier", "judge", "--solver", "ddpm", "--classifier-form", "score"],
+        {"solver": "ddpm", "classifier_form": "score"},
+        "score",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_classifier_guides_and_is_recorded(tiny: str, judge: Classifier, case: str) -> None:  # noqa: F811
+    arguments, options, form = OPTIONS[case]
+    assert cli.main(["sample", tiny, *FAST, *arguments, "--dtype", "float64", "-q", "-o", "a.npz"]) == 0
+    facts = images.read_metadata("a.npz")
+    assert (facts["classifier"], facts["classifier_sha256"]) == ("judge", "c" * 64)
+    assert (facts["classifier_scale"], facts["classifier_form"]) == (options.get("classifier_scale", 1.0), form)
+    call = {name: facts[name] for name in ("labels", "w", "seed", "steps", "dtype")}
+    drawn = images.to_uint8(fastdiff.sample(tiny, **call, **options, classifier=judge)).numpy()
+    unguided = images.to_uint8(fastdiff.sample(tiny, **call, solver=facts["solver"])).numpy()
+    with np.load("a.npz") as arrays:
+        assert np.abs(arrays["arr_0"].astype(int) - drawn).max() <= 1
+        assert np.abs(arrays["arr_0"].astype(int) - unguided).max() > 1
+
+
+def test_without_one_nothing_is_recorded(tiny: str) -> None:  # noqa: F811
+    assert cli.main(["sample", tiny, *FAST, "-q", "-o", "a.npz"]) == 0
+    assert not [key for key in images.read_metadata("a.npz") if "classifier" in key or "low_res" in key]
+
+
+def enlarging(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, low_res: torch.Tensor) -> torch.Tensor:
+    return mixing(x, t, y) - torch.nn.functional.interpolate(low_res, scale_factor=2.0)
+
+
+enlarging.extra_shapes = {"low_res": (1, 8, 8)}  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def upsampler(monkeypatch: pytest.MonkeyPatch, tiny: str) -> str:  # noqa: F811
+    """A checkpoint whose network enlarges"""
+    model = DiffusionModel(enlarging, "linear", name="upsampler")
+    monkeypatch.setattr("fastdiff.sampler.load", lambda src, **options: model)
+    return tiny
+
+
+def pictures(n: int, **wrong: Any) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, 8, 8, 1)).astype(wrong.get("dtype", np.uint8))
+
+
+@pytest.mark.parametrize("batch_size", ["4", "3"])
+def test_pictures_are_enlarged_in_order(upsampler: str, batch_size: str) -> None:
+    low = pictures(4)
+    np.savez("low.npz", arr_0=low)
+    arguments = [*FAST, "--dtype", "float64", "--low-res", "low.npz", "--batch-size", batch_size]
+    assert cli.main(["sample", upsampler, *arguments, "-q", "-o", "a.npz"]) == 0
+    facts = images.read_metadata("a.npz")
+    assert facts["low_res"] == "low.npz"
+    call = {name: facts[name] for name in ("labels", "w", "seed", "steps", "dtype")}
+    model = DiffusionModel(enlarging, "linear")
+    low_res = torch.from_numpy(low).permute(0, 3, 1, 2) / 127.5 - 1
+    drawn = images.to_uint8(fastdiff.sample(model, **call, extra={"low_res": low_res})).numpy()
+    with np.load("a.npz") as arrays:
+        assert np.abs(arrays["arr_0"].astype(int) - drawn).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "enlarges pictures: give 4 of 8x8 by --low-res FILE.npz"),
+        (["--low-res", "three.npz"], "--low-res three.npz must hold 4 pictures, one an image drawn, got 3"),
+        (["--low-res", "floats.npz"], "floats.npz: arr_0 must be uint8"),
+        (["--low-res", "missing.npz"], "missing.npz: No such file"),
+        (["--low-res", "three.npz", "--labels", "3", "-n", "3", "--classifier-scale", "2"], "needs a --classifier"),
+        (["--low-res", "three.npz", "--labels", "3", "-n", "3", "--classifier-form", "mean"], "needs a classifier"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(
+    upsampler: str, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez("three.npz", arr_0=pictures(3))
+    np.savez("floats.npz", arr_0=pictures(4, dtype=np.float32))
+    assert cli.main(["sample", upsampler, *FAST, *arguments, "-o", "a.npz"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastdiff: ") and error.count("\n") == 1 and sentence in error
+    assert not Path("a.npz").exists()
+
+
+def test_pictures_of_another_size_are_refused(upsampler: str, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("wide.npz", arr_0=pictures(8).reshape(4, 8, 16, 1))
+    assert cli.main(["sample", upsampler, *FAST, "--low-res", "wide.npz", "-o", "a.npz"]) == 2
+    assert "extra must have low_res (N, 1, 8, 8), got low_res of shape (4, 1, 8, 16)" in capsys.readouterr().err
