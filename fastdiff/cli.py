@@ -180,7 +180,8 @@ class Train:
     out: Annotated[str, _option("FOLDER", None, "-o")]
     """Takes model/ (a checkpoint), samples-<step>.png, log.jsonl and state.safetensors, which --resume needs."""
     recipe: Annotated[str, _option("FILE", "the bundled digits model's")] = str(RECIPE)
-    """JSON: name, data (digits, or an .npz beside the recipe), network, diffusion, dtype, storage_dtype, training."""
+    """JSON: name, data (digits, or an .npz beside the recipe), network, diffusion or classifier, dtype, storage_dtype,
+    training."""
     resume: bool = False
     """Go on with the run in --out; the recipe must be what it was."""
     iterations: Annotated[int | None, _option("N", "the recipe's")] = None
@@ -221,10 +222,9 @@ class Train:
         except training.TrainingError as error:
             raise FloatingPointError(str(error)) from error
         checkpoint.save(trained, folder / "model", overwrite=True, storage_dtype=recipe.storage_dtype)
+        to = "sample" if isinstance(trained, fastdiff.DiffusionModel) else "sample --classifier"
         print(
-            folder / "model"
-            if self.quiet
-            else f"model   {folder / 'model'}\nsample  fastdiff sample {folder / 'model'}"
+            folder / "model" if self.quiet else f"model   {folder / 'model'}\nsample  fastdiff {to} {folder / 'model'}"
         )
         return 0
 

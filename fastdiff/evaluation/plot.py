@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -35,7 +34,7 @@ def tradeoff(reports: Report | Mapping[str, Report], path: str | PathLike[str]) 
     seeds; dashed lines are the judge's accuracy on real images and the distance between two real halves. The suffix of
     path chooses the format. ValueError without matplotlib.
     """
-    named: Mapping[str, Report] = {"": reports} if "points" in reports else reports
+    named: Mapping[str, Any] = {"": reports} if "points" in reports else reports
     rows = ["w"] + ["classifier_scale"] * any(report["classifier_points"] for report in named.values())
     figure, grid = _figure(9.0, 3.5 * len(rows), 2, len(rows))
     for axes, strength in zip(grid, rows, strict=True):
@@ -45,7 +44,8 @@ def tradeoff(reports: Report | Mapping[str, Report], path: str | PathLike[str]) 
 
 def _row(pair: Any, named: Mapping[str, Report], strength: str) -> None:
     left, right = pair
-    ticks, least = set(), 1.0
+    ticks: set[float] = set()
+    least = 1.0
     for (name, report), style in zip(named.items(), STYLES, strict=False):
         points = report["points"]
         if strength == "classifier_scale":
@@ -53,10 +53,14 @@ def _row(pair: Any, named: Mapping[str, Report], strength: str) -> None:
             points = [*start, *report["classifier_points"]]
         ticks.update(point[strength] for point in points)
         suffix = f", {name}" if name else ""
-        curve = functools.partial(_curve, points, strength, markersize=4, capsize=3, linewidth=1.5, **style)
-        curve(left, "accuracy", color=BLUE, label=f"judge's accuracy{suffix}")
-        curve(left, "spread_ratio", color=ORANGE, label=f"within-class spread / real{suffix}")
-        curve(right, "frechet", color=BLUE, label=name or "generated against real")
+        for axes, kind, colour, label in (
+            (left, "accuracy", BLUE, f"judge's accuracy{suffix}"),
+            (left, "spread_ratio", ORANGE, f"within-class spread / real{suffix}"),
+            (right, "frechet", BLUE, name or "generated against real"),
+        ):
+            at, mean, std = ([*values] for values in zip(*_curve(points, strength, kind), strict=True))
+            options = {"markersize": 4, "capsize": 3, "linewidth": 1.5, "color": colour, "label": label}
+            axes.errorbar(at, mean, std, **options, **style)
         least = min([least, *(point[kind]["mean"] for point in points for kind in ("accuracy", "spread_ratio"))])
     real = next(iter(named.values()))["real"]
     left.axhline(real["accuracy"]["mean"], color=BLUE, linestyle=":", linewidth=1, label="accuracy on real images")
@@ -76,9 +80,9 @@ def _row(pair: Any, named: Mapping[str, Report], strength: str) -> None:
         axes.legend(fontsize=8, frameon=False)
 
 
-def _curve(points: list[Any], strength: str, axes: Any, figure: str, **style: Any) -> None:
-    mean, std = ([point[figure][part] for point in points] for part in ("mean", "std"))
-    axes.errorbar([point[strength] for point in points], mean, std, **style)
+def _curve(points: list[Any], strength: str, figure: str) -> list[tuple[float, float, float]]:
+    """(strength, mean, standard deviation) of each point"""
+    return [(point[strength], point[figure]["mean"], point[figure]["std"]) for point in points]
 
 
 def _figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Any, Any]:

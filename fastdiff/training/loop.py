@@ -23,7 +23,7 @@ from fastdiff.training.run import Run, TrainingError, extra_of
 
 __all__ = ["TrainingError", "train"]
 
-M = TypeVar("M", DiffusionModel, Classifier)
+M = TypeVar("M", bound=DiffusionModel | Classifier)
 Callback = Callable[[int, Any], object]
 
 STATE_FILE = "state.safetensors"
