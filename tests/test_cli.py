@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import types
+import typing
 import warnings
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import fastdiff
 from fastdiff import cli, images
 from fastdiff.checkpoint import BUNDLED
 from fastdiff.doctor import examine
-from fastdiff.evaluation.report import DEFAULT_SEEDS, DEFAULT_WEIGHTS
+from fastdiff.evaluation import evaluate
 from fastdiff.model import UNet, UNetConfig
 from fastdiff.training import digits, npz
 
@@ -110,8 +113,15 @@ print("torch" in sys.modules, "numpy" in sys.modules)
     assert done.stdout.endswith("False False\n")
 
 
-def test_the_defaults_of_evaluate_are_the_report_s() -> None:
-    assert (cli.Evaluate().weights, cli.Evaluate().seeds) == (DEFAULT_WEIGHTS, DEFAULT_SEEDS)
+def test_the_defaults_that_evaluate_tells_are_the_report_s() -> None:
+    """What is not given is left to the report; help can only tell it"""
+    takes = inspect.signature(evaluate).parameters
+    told = typing.get_type_hints(cli.Evaluate, include_extras=True)
+    for name in ("weights", "images", "seeds", "steps", "solver"):
+        default = takes[name].default
+        text = " ".join(f"{value:g}" for value in default) if isinstance(default, tuple) else str(default)
+        assert re.match(rf"\(default: {text}[;)]", told[name].__metadata__[0].help_behavior_hint)
+        assert getattr(cli.Evaluate(), name) is None
 
 
 def test_sample_writes_a_labelled_grid_and_says_how(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS),
         *("classifier", "variational_bound"),
     },
-    "evaluation": {"sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"},
+    "evaluation": {
+        *("sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"),
+        *("guidance", "noise", "placement", KERNELS),
+    },
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}
 ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}
