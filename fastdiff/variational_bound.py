@@ -52,7 +52,9 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: T
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    # 0.5 (1 + tanh(u)) = sigmoid(2 u), which does not cancel where z << 0
+    # 0.5 (1 + tanh(u)) = sigmoid(2 u), which does not cancel where z << 0; at 30 it is 0 or 1 in any dtype, and beyond
+    # the cube may overflow and spoil the gradient
+    z = z.clamp(-30, 30)
     return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
 
 
@@ -126,16 +128,10 @@ class VariationalBound:
         c_x, c_x0, log_beta_tilde = self._coefficients(index)[2:]
         posterior_mean = c_x * x_t + c_x0 * x0
         first = (index == 0)[:, None, None, None]
-        # each formula is kept where it is finite on images that take the other: a NaN would reach their gradient
-        kl = normal_kl(
-            posterior_mean,
-            log_beta_tilde,
-            torch.where(first, posterior_mean, mean),
-            torch.where(first, log_beta_tilde, log_variance),
-        )
-        log_likelihood = discretized_gaussian_log_likelihood(
-            x0, torch.where(first, mean, x0), torch.where(first, log_variance, 0.0)
-        )
+        # at index 0 a KL that nobody asks for may be infinite, and not selected it would still make the gradient NaN
+        finite = torch.where(first, log_beta_tilde, log_variance)
+        kl = normal_kl(posterior_mean, log_beta_tilde, mean, finite)
+        log_likelihood = discretized_gaussian_log_likelihood(x0, mean, log_variance)
         return torch.where(first, -log_likelihood, kl).flatten(1).mean(1) / math.log(2)
 
     def prior(self, x0: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "request": {
         *("checkpoint", "classifier", "diffusion_model", "guidance", "noise", "schedule", "solvers", "step"),
     },
-    "arguments": {"checkpoint", "training"},
     "networks": {"classifier", "diffusion_model", "placement"},
     "step": {"cuda_graph", "diffusion_model", "guidance", "networks", "solvers", KERNELS},
     "solvers": {"schedule", "prediction"},
@@ -45,14 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("classifier", "placement", "variational_bound"),
     },
     "evaluation": {
-        "checkpoint",
-        "classifier",
-        "sampler",
-        "diffusion_model",
-        "schedule",
-        "prediction",
-        "solvers",
-        "variational_bound",
+        *("sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"),
+        *("checkpoint", "classifier", "guidance", "noise", "placement", KERNELS),
     },
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}

@@ -1,4 +1,4 @@
-"""The trade-off over the strength of guidance as a picture. Needs matplotlib."""
+"""The trade-off over the strength of guidance, and bits per dimension by t, as pictures. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["require_matplotlib", "tradeoff"]
+__all__ = ["bits_by_t", "require_matplotlib", "tradeoff"]
 
 STYLES = ({"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "s"}, {"linestyle": "-.", "marker": "^"})
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#777777"
@@ -83,6 +83,22 @@ def _row(pair: Any, named: Mapping[str, Report], strength: str) -> None:
 def _curve(points: list[Any], strength: str, figure: str) -> list[tuple[float, float, float]]:
     """(strength, mean, standard deviation) of each point"""
     return [(point[strength], point[figure]["mean"], point[figure]["std"]) for point in points]
+
+
+def bits_by_t(report: dict[str, Any], path: str | PathLike[str]) -> Path:
+    """Draw a `bits_per_dimension` report: each variance's terms over t, on a log scale, 600x350 pixels.
+
+    The suffix of path chooses the format. ValueError without matplotlib.
+    """
+    figure, ((axes,),) = _figure(6.0, 3.5, 1)
+    for bound, colour in zip(report["bounds"], (BLUE, ORANGE, GREY), strict=False):
+        label = f"{bound['variance']}: {bound['total']['mean']:.3f} in all"
+        axes.plot(report["t"], bound["terms"], color=colour, marker=".", markersize=3, linewidth=1, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("t")
+    axes.set_title("terms of the variational bound, bits per dimension", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
 
 
 def _figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Any, Any]:

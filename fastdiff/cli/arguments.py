@@ -1,18 +1,36 @@
-"""What the words of a command line stand for: labels, steps, files, a classifier; torch is imported where needed."""
+"""What the words of a command line stand for: options, labels, steps, files; torch is imported where needed."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["classifier_facts", "free_name", "low_res_images", "parse_labels", "parse_steps"]
+__all__ = [
+    *("DEFAULT_W", "Device", "Dtype", "ModelName", "Quiet"),
+    *("classifier_facts", "first_labels", "free_name", "low_res_images", "option", "parse_labels", "parse_steps"),
+]
 
 DEFAULT_OUT = "samples.png"
 MAX_LABELS = 10**6
+DEFAULT_W = 1.5
+
+
+def option(metavar: str, default: str | None = None, *aliases: str) -> Any:
+    """Of a field: what stands for its value in the help, what it is when left out, other names."""
+    hint = None if default is None else f"(default: {default})"
+    return arg(metavar=metavar, help_behavior_hint=hint, aliases=aliases)
+
+
+ModelName = Annotated[Positional[str], option("[MODEL]")]
+Device = Annotated[str | None, option("DEVICE", "a GPU if there is one")]
+Dtype = Annotated[str | None, option("DTYPE", "the model's, or what suits the device")]
+Quiet = Annotated[bool, arg(aliases=["-q"])]
 
 
 def parse_labels(text: str) -> list[int] | None:
@@ -34,6 +52,11 @@ def parse_labels(text: str) -> list[int] | None:
 def parse_steps(text: str) -> int | str:
     """N as a number, everything else as it is."""
     return int(text) if re.fullmatch(r"\d+", text) else text
+
+
+def first_labels(num_classes: int | None) -> list[int] | None:
+    """The labels that pictures show when nobody says which."""
+    return None if num_classes is None else list(range(min(num_classes, 10)))
 
 
 def free_name(force: bool) -> str:

@@ -3,61 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
-import random
-import signal
-import subprocess
+import re
 import sys
-import time
 import types
+import typing
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli_cases import FAST, NETWORK, recipe, run
 from PIL import Image
 
 import fastdiff
 from fastdiff import cli, images
-from fastdiff.checkpoint import BUNDLED
+from fastdiff.cli.arguments import parse_labels
 from fastdiff.doctor import examine
-from fastdiff.evaluation.report import DEFAULT_SEEDS, DEFAULT_WEIGHTS
-from fastdiff.model import UNet, UNetConfig
-from fastdiff.training import digits, npz
+from fastdiff.evaluation import evaluate
+from fastdiff.model import UNet
+from fastdiff.training import npz
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-COMMANDS = {"sample": cli.Sample, "train": cli.Train, "evaluate": cli.Evaluate, "info": cli.Info, "doctor": cli.Doctor}
-FAST = ["--steps", "3", "-n", "2", "--labels", "3,1"]
-NETWORK = UNetConfig(
-    **{"image_size": 16, "in_channels": 1, "out_channels": 1, "channels": 8, "channel_mult": (1, 2), "num_blocks": 1},
-    **{"attention_resolutions": (), "num_heads": 1, "head_channels": None, "num_labels": 11, "groups": 4},
-)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint of a network that heeds its label and is small enough to run in no time."""
-    torch.manual_seed(0)
-    network = UNet(NETWORK)
-    for parameter in network.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    (fastdiff.save(fastdiff.DiffusionModel(network, "linear", name="tiny"), folder) / "README.md").write_text("a card")
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = ENVIRONMENT | environment
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=120)
+COMMANDS = {
+    **{"sample": cli.Sample, "train": cli.Train, "plot": cli.Plot, "evaluate": cli.Evaluate},
+    **{"info": cli.Info, "doctor": cli.Doctor},
+}
 
 
 def redrawn(facts: dict, model: str) -> torch.Tensor:
@@ -71,13 +44,13 @@ def redrawn(facts: dict, model: str) -> torch.Tensor:
     [("0-9", list(range(10))), ("3,1,4", [3, 1, 4]), ("0-3, 7", [0, 1, 2, 3, 7]), ("7-7,7", [7, 7]), ("None", None)],
 )
 def test_labels_are_read_as_written(text: str, labels: list[int] | None) -> None:
-    assert cli.parse_labels(text) == labels
+    assert parse_labels(text) == labels
 
 
 @pytest.mark.parametrize("text", ["", "a", "3,", "9-0", "-1", "1.5", "1-2-3", "0-999999999", "none,1"])
 def test_other_labels_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--labels must"):
-        cli.parse_labels(text)
+        parse_labels(text)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -110,8 +83,15 @@ print("torch" in sys.modules, "numpy" in sys.modules)
     assert done.stdout.endswith("False False\n")
 
 
-def test_the_defaults_of_evaluate_are_the_report_s() -> None:
-    assert (cli.Evaluate().weights, cli.Evaluate().seeds) == (DEFAULT_WEIGHTS, DEFAULT_SEEDS)
+def test_the_defaults_that_evaluate_tells_are_the_report_s() -> None:
+    """What is not given is left to the report; help can only tell it"""
+    takes = inspect.signature(evaluate).parameters
+    told = typing.get_type_hints(cli.Evaluate, include_extras=True)
+    for name in ("weights", "images", "seeds", "steps", "solver"):
+        default = takes[name].default
+        text = " ".join(f"{value:g}" for value in default) if isinstance(default, tuple) else str(default)
+        assert re.match(rf"\(default: {text}[;)]", told[name].__metadata__[0].help_behavior_hint)
+        assert getattr(cli.Evaluate(), name) is None
 
 
 def test_sample_writes_a_labelled_grid_and_says_how(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,50 +322,6 @@ def test_doctor_reports_what_is_broken_in_a_line(tiny: str, monkeypatch: pytest.
     assert not {finding.name: finding for finding in examine(tiny)}["device"].ok
 
 
-def recipe(**changes: object) -> Path:
-    """A recipe for three steps on eight digits, in a folder of its own."""
-    folder, data = Path("recipes"), digits()
-    folder.mkdir(exist_ok=True)
-    if not (folder / "a.npz").exists():
-        images.save_npz(folder / "a.npz", images.to_uint8(data.images[:8]), data.labels[:8].tolist(), {})
-    diffusion = {"schedule": {"name": "linear", "num_train_timesteps": 1000}, "prediction": "eps"}
-    diffusion |= {"variance": "fixed_small", "num_classes": 10, "null_label": 10, "image_shape": [1, 16, 16]}
-    sections = {
-        "name": "small",
-        "data": "a.npz",
-        "network": {"type": "unet", **NETWORK.to_dict()},
-        "diffusion": diffusion | {"clip_x0": True},
-        "dtype": None,
-        "storage_dtype": "float16",
-        "training": {"iterations": 3, "batch_size": 4, "save_every": 2, "seed": 5},
-    }
-    sections |= changes
-    path = folder / "recipe.json"
-    path.write_text(json.dumps({key: value for key, value in sections.items() if value != "left out"}))
-    return path
-
-
-def test_train_makes_a_model_that_sample_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["train", "--recipe", str(recipe()), "--out", "run"]
-    assert cli.main(arguments) == 0
-    printed = capsys.readouterr()
-    assert "fastdiff sample run/model" in printed.out and "train" in printed.err
-    assert sorted(os.listdir("run")) == ["log.jsonl", "model", "samples-2.png", "samples-3.png", "state.safetensors"]
-    facts = fastdiff.checkpoint.info("run/model")
-    assert (facts["config"]["name"], facts["storage"]) == ("small", ["float16"])
-    assert facts["config"]["provenance"]["training"]["iterations"] == 3
-    assert images.read_metadata("run/samples-3.png")["seed"] == 5
-    assert cli.main(["sample", "run/model", *FAST, "-q"]) == 0
-
-    assert cli.main(arguments) == 2
-    assert "not empty; --resume" in capsys.readouterr().err
-    assert cli.main([*arguments, "--resume", "--iterations", "4"]) == 2
-    assert "iterations must be what it was" in capsys.readouterr().err
-    assert cli.main([*arguments, "--resume", "-q"]) == 0
-    assert capsys.readouterr().out == "run/model\n"
-    assert fastdiff.checkpoint.info("run/model")["sha256"] == facts["sha256"]
-
-
 @pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX")
 @pytest.mark.parametrize("command", ["sample", "train"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(command: str, tiny: str) -> None:
@@ -401,78 +337,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(command: str, tiny: str)
     assert Path("old.png").read_bytes() == b"old"
     assert not [name for name in os.listdir() if name.startswith(".tmp")]
     assert command == "sample" or os.listdir("run") == ["log.jsonl"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
-def test_a_killed_training_command_leaves_a_whole_model_and_goes_on() -> None:
-    """The real command, killed at random moments; taken up again, it ends with the weights of one never killed."""
-    training = {"iterations": 15, "batch_size": 4, "seed": 5, "log_every": 1}
-    path, dice = recipe(training={**training, "save_every": 1}), random.Random(0)
-    command = [sys.executable, "-m", "fastdiff", "train", "--recipe", str(path), "--out", "run", "-q"]
-    log, steps = Path("run/log.jsonl"), []
-    for _ in range(2):
-        resume = ["--resume"] if Path("run/state.safetensors").exists() else []
-        with subprocess.Popen([*command, *resume], env=ENVIRONMENT) as run:
-            began = log.read_text() if log.exists() else ""
-            while run.poll() is None and not (Path("run/model/config.json").exists() and log.read_text() != began):
-                time.sleep(0.01)
-            time.sleep(dice.uniform(0, 0.3))
-            run.kill()
-        assert run.returncode == -signal.SIGKILL
-        steps.append(fastdiff.load("run/model").provenance["training"]["iterations"])
-    assert 0 < steps[0] <= steps[1] < 15
-    subprocess.run([*command, "--resume"], env=ENVIRONMENT, check=True, timeout=100)
-    whole = recipe(training={**training, "save_every": 0})
-    subprocess.run([*command[:5], str(whole), "--out", "whole", "-q"], env=ENVIRONMENT, check=True, timeout=100)
-    assert fastdiff.checkpoint.info("run/model")["sha256"] == fastdiff.checkpoint.info("whole/model")["sha256"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"training": {"iterations": 3, "momentum": 0.9}}, "unknown ['momentum']"),
-        ({"training": {}}, "training must have iterations"),
-        ({"training": 3}, "unknown ['training']"),
-        ({"training": {"iterations": 0}}, "iterations must be at least 1"),
-        ({"data": "mnist"}, "data must be"),
-        ({"data": 7}, "data must be a string"),
-        ({"data": "b.npz"}, "b.npz"),
-        ({"dtype": "int8"}, "dtype must be one of"),
-        ({"storage_dtype": "int8"}, "dtype must be one of"),
-        ({"network": {"type": "mlp"}}, "mlp"),
-        ({"extra": 1}, "'extra'"),
-        ({"network": "left out"}, "must be an object with the keys"),
-    ],
-    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
-)
-def test_a_recipe_that_cannot_be_is_refused_before_training(
-    changes: dict, sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["train", "--recipe", str(recipe(**changes)), "--out", "run"]) == 2
-    assert sentence in capsys.readouterr().err
-    assert not Path("run").exists()
-
-
-@pytest.mark.parametrize("text", [None, "{", "[]", "\xff"], ids=["missing", "cut", "list", "latin-1"])
-def test_a_recipe_that_is_none_is_refused(text: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    if text is not None:
-        Path("bad.json").write_text(text, encoding="latin-1")
-    assert cli.main(["train", "--recipe", "bad.json", "--out", "run"]) == 2
-    assert "recipe bad.json" in capsys.readouterr().err
-
-
-def test_training_that_diverges_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
-    path = recipe(training={"iterations": 9, "batch_size": 4, "lr": 1e30, "warmup": 0, "grad_clip": 1e30})
-    assert cli.main(["train", "--recipe", str(path), "--out", "run"]) == 2
-    assert "must be finite; nothing was updated" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_bundled_recipe_is_the_default_and_whole() -> None:
-    assert cli.Train(out="run").recipe == str(BUNDLED["digits"] / "recipe.json")
-    sections = json.loads(Path(cli.Train(out="run").recipe).read_text())
-    assert sections.keys() == set(cli.RECIPE_KEYS)
-    assert fastdiff.training.TrainConfig(**sections["training"]).iterations > 0
 
 
 def test_evaluate_prints_its_table_and_draws_it(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:

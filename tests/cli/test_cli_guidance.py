@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_cases import FAST
 from reference.networks import judging, mixing
-from test_cli import FAST, in_tmp, tiny  # noqa: F401
 
 import fastdiff
 from fastdiff import Classifier, DiffusionModel, checkpoint, cli, images
@@ -46,7 +46,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_a_classifier_guides_and_is_recorded(tiny: str, judge: Classifier, case: str) -> None:  # noqa: F811
+def test_a_classifier_guides_and_is_recorded(tiny: str, judge: Classifier, case: str) -> None:
     arguments, options, form = OPTIONS[case]
     assert cli.main(["sample", tiny, *FAST, *arguments, "--dtype", "float64", "-q", "-o", "a.npz"]) == 0
     facts = images.read_metadata("a.npz")
@@ -60,7 +60,7 @@ def test_a_classifier_guides_and_is_recorded(tiny: str, judge: Classifier, case:
         assert np.abs(arrays["arr_0"].astype(int) - unguided).max() > 1
 
 
-def test_without_one_nothing_is_recorded(tiny: str) -> None:  # noqa: F811
+def test_without_one_nothing_is_recorded(tiny: str) -> None:
     assert cli.main(["sample", tiny, *FAST, "-q", "-o", "a.npz"]) == 0
     assert not [key for key in images.read_metadata("a.npz") if "classifier" in key or "low_res" in key]
 
@@ -73,7 +73,7 @@ enlarging.extra_shapes = {"low_res": (1, 8, 8)}  # type: ignore[attr-defined]
 
 
 @pytest.fixture
-def upsampler(monkeypatch: pytest.MonkeyPatch, tiny: str) -> str:  # noqa: F811
+def upsampler(monkeypatch: pytest.MonkeyPatch, tiny: str) -> str:
     """A checkpoint whose network enlarges"""
     model = DiffusionModel(enlarging, "linear", name="upsampler")
     monkeypatch.setattr("fastdiff.sampler.load", lambda src, **options: model)

@@ -1,0 +1,115 @@
+"""fastdiff train, and fastdiff plot for its losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional
+
+import fastdiff
+from fastdiff.cli.arguments import DEFAULT_W, Device, Quiet, first_labels, option
+
+if TYPE_CHECKING:
+    from fastdiff.diffusion_model import DiffusionModel
+
+__all__ = ["Plot", "Train"]
+
+RECIPE = Path(fastdiff.__file__).parent / "assets" / "digits" / "recipe.json"
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model by a recipe, from nothing or from where a run stopped."""
+
+    out: Annotated[str, option("FOLDER", None, "-o")]
+    """Takes model/ (a checkpoint), samples-<step>.png, log.jsonl and state.safetensors, which --resume needs."""
+    recipe: Annotated[str, option("FILE", "the bundled digits model's")] = str(RECIPE)
+    """JSON: name, data (digits, or an .npz beside the recipe), network, diffusion or classifier, dtype, storage_dtype,
+    training."""
+    resume: bool = False
+    """Go on with the run in --out; the recipe must be what it was."""
+    iterations: Annotated[int | None, option("N", "the recipe's")] = None
+    """Optimiser steps, over which the learning rate decays."""
+    device: Device = None
+    """cpu, cuda or cuda:N."""
+    quiet: Quiet = False
+    """No progress bar; print only the model's folder."""
+
+    def run(self) -> int:
+        """Reads the recipe, checks all of it, trains, and says how to sample from the result."""
+        from fastdiff import checkpoint, training
+        from fastdiff.placement import resolve_device
+
+        folder = Path(self.out)
+        # a run that ended before its first save leaves a log, and the beginning of a save
+        left = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        if not self.resume and [name for name in left if name != "log.jsonl" and not name.startswith(".tmp-")]:
+            raise ValueError(f"--out {folder} is not empty; --resume goes on with a run, or give a new folder")
+        recipe = training.read_recipe(self.recipe, self.iterations)
+        data = training.load_data(recipe.data)
+        model = checkpoint.fresh(recipe.sections, seed=recipe.config.seed, device=resolve_device(self.device))
+
+        def draw(step: int, averaged: Any) -> None:
+            extra = training.extra_of(averaged, data)
+            _sample_grid(averaged, folder / f"samples-{step}.png", recipe.config.seed, extra)
+
+        try:
+            trained = training.train(
+                model,
+                data,
+                recipe.config,
+                folder,
+                resume=self.resume,
+                progress=not self.quiet,
+                callback=draw if isinstance(model, fastdiff.DiffusionModel) else None,
+            )
+        except training.TrainingError as error:
+            raise FloatingPointError(str(error)) from error
+        checkpoint.save(trained, folder / "model", overwrite=True, storage_dtype=recipe.storage_dtype)
+        to = "sample" if isinstance(trained, fastdiff.DiffusionModel) else "sample --classifier"
+        print(
+            folder / "model" if self.quiet else f"model   {folder / 'model'}\nsample  fastdiff {to} {folder / 'model'}"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the loss of one run, also by quarters of t, or of several."""
+
+    runs: Annotated[Positional[tuple[str, ...]], option("RUN [RUN ...]")]
+    """Folders of fastdiff train."""
+    out: Annotated[str, option("FILE", None, "-o")] = "loss.png"
+    """A .png."""
+    force: bool = False
+    """Replace what is there."""
+
+    def run(self) -> int:
+        """Draws, and prints the name of what was written."""
+        from fastdiff import images
+        from fastdiff.training.plot import plot_loss
+
+        if images.check_out(self.out, self.force) != "png":
+            raise ValueError(f"--out must end in .png, got {self.out}")
+        if not self.runs:
+            raise ValueError("RUN must name at least one folder of fastdiff train, got none")
+        print(plot_loss(self.runs, self.out))
+        return 0
+
+
+def _sample_grid(model: DiffusionModel, path: Path, seed: int, extra: dict[str, Any]) -> None:
+    """Two images of each of the first ten classes, the same noise at every call; extra: of the data's images."""
+    from fastdiff import images
+
+    rows = first_labels(model.num_classes)
+    texts = ["none"] if rows is None else rows
+    labels = None if rows is None else [label for label in rows for _ in range(2)]
+    w = 0.0 if model.null_label is None else DEFAULT_W
+    n = 2 * len(texts)
+    extra = {name: tensor[[i % len(tensor) for i in range(n)]] for name, tensor in extra.items()}
+    sampler = fastdiff.Sampler(model, steps=min(20, model.schedule.num_train_timesteps))
+    pixels = images.to_uint8(sampler(labels, w, num_images=n, seed=seed, extra=extra or None))
+    metadata = {"model": model.name, "seed": seed, "labels": labels, "w": w, "steps": len(sampler.timesteps)}
+    images.save_png(path, images.grid(pixels, len(texts), 2, texts), metadata, force=True)

@@ -1,0 +1,167 @@
+"""fastdiff train and fastdiff plot: what a recipe makes, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_cases import ENVIRONMENT, FAST, recipe
+from PIL import Image
+
+import fastdiff
+from fastdiff import Classifier, checkpoint, cli, images
+from fastdiff.checkpoint import BUNDLED
+from fastdiff.training import TrainConfig, read_log, read_recipe
+
+
+def test_train_makes_a_model_that_sample_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--recipe", str(recipe()), "--out", "run"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "fastdiff sample run/model" in printed.out and "train" in printed.err
+    assert sorted(os.listdir("run")) == ["log.jsonl", "model", "samples-2.png", "samples-3.png", "state.safetensors"]
+    facts = fastdiff.checkpoint.info("run/model")
+    assert (facts["config"]["name"], facts["storage"]) == ("small", ["float16"])
+    assert facts["config"]["provenance"]["training"]["iterations"] == 3
+    assert images.read_metadata("run/samples-3.png")["seed"] == 5
+    assert cli.main(["sample", "run/model", *FAST, "-q"]) == 0
+
+    assert cli.main(arguments) == 2
+    assert "not empty; --resume" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "--iterations", "4"]) == 2
+    assert "iterations must be what it was" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "-q"]) == 0
+    assert capsys.readouterr().out == "run/model\n"
+    assert fastdiff.checkpoint.info("run/model")["sha256"] == facts["sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
+def test_a_killed_training_command_leaves_a_whole_model_and_goes_on() -> None:
+    """The real command, killed at random moments; taken up again, it ends with the weights of one never killed."""
+    training = {"iterations": 15, "batch_size": 4, "seed": 5, "log_every": 1}
+    path, dice = recipe(training={**training, "save_every": 1}), random.Random(0)
+    command = [sys.executable, "-m", "fastdiff", "train", "--recipe", str(path), "--out", "run", "-q"]
+    log, steps = Path("run/log.jsonl"), []
+    for _ in range(2):
+        resume = ["--resume"] if Path("run/state.safetensors").exists() else []
+        with subprocess.Popen([*command, *resume], env=ENVIRONMENT) as run:
+            began = log.read_text() if log.exists() else ""
+            while run.poll() is None and not (Path("run/model/config.json").exists() and log.read_text() != began):
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, 0.3))
+            run.kill()
+        assert run.returncode == -signal.SIGKILL
+        steps.append(fastdiff.load("run/model").provenance["training"]["iterations"])
+    assert 0 < steps[0] <= steps[1] < 15
+    subprocess.run([*command, "--resume"], env=ENVIRONMENT, check=True, timeout=100)
+    whole = recipe(training={**training, "save_every": 0})
+    subprocess.run([*command[:5], str(whole), "--out", "whole", "-q"], env=ENVIRONMENT, check=True, timeout=100)
+    assert fastdiff.checkpoint.info("run/model")["sha256"] == fastdiff.checkpoint.info("whole/model")["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"training": {"iterations": 3, "momentum": 0.9}}, "unknown ['momentum']"),
+        ({"training": {}}, "training must have iterations"),
+        ({"training": 3}, "unknown ['training']"),
+        ({"training": {"iterations": 0}}, "iterations must be at least 1"),
+        ({"data": "mnist"}, "data must be"),
+        ({"data": 7}, "data must be a string"),
+        ({"data": "b.npz"}, "b.npz"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"storage_dtype": "int8"}, "dtype must be one of"),
+        ({"network": {"type": "mlp"}}, "mlp"),
+        ({"extra": 1}, "'extra'"),
+        ({"network": "left out"}, "must be an object with the keys"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_a_recipe_that_cannot_be_is_refused_before_training(
+    changes: dict, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "--recipe", str(recipe(**changes)), "--out", "run"]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "\xff"], ids=["missing", "cut", "list", "latin-1"])
+def test_a_recipe_that_is_none_is_refused(text: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if text is not None:
+        Path("bad.json").write_text(text, encoding="latin-1")
+    assert cli.main(["train", "--recipe", "bad.json", "--out", "run"]) == 2
+    assert "recipe bad.json" in capsys.readouterr().err
+
+
+def test_training_that_diverges_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    training = {"iterations": 9, "batch_size": 4, "lr": 1e30, "warmup": 0, "grad_clip": 1e30, "max_skipped": 2}
+    path = recipe(training=training)
+    assert cli.main(["train", "--recipe", str(path), "--out", "run"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "must be finite, and 2 updates were skipped before (max_skipped=2)" in told
+
+
+def test_the_bundled_recipe_is_the_default_and_whole() -> None:
+    assert cli.Train(out="run").recipe == str(BUNDLED["digits"] / "recipe.json")
+    sections = json.loads(Path(cli.Train(out="run").recipe).read_text())
+    assert TrainConfig(**sections["training"]).iterations > 0
+    assert read_recipe(cli.Train(out="run").recipe).sections["name"] == "digits"
+
+
+ENCODER = {
+    **{
+        "type": "encoder",
+        "image_size": 16,
+        "in_channels": 1,
+        "out_channels": 10,
+        "channels": 8,
+        "channel_mult": [1, 2],
+    },
+    **{"num_blocks": 1, "attention_resolutions": [], "num_heads": 1, "head_channels": None, "dropout": 0.0},
+    **{"resblock_updown": True, "conv_resample": True, "scale_shift": True, "groups": 4},
+    **{"gradient_checkpointing": False, "pool": "adaptive"},
+}
+NOISY = {"schedule": {"name": "linear", "num_train_timesteps": 1000}, "num_classes": 10, "image_shape": [1, 16, 16]}
+
+
+def test_train_makes_a_classifier_that_sample_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(diffusion="left out", classifier=NOISY, network=ENCODER)
+    assert cli.main(["train", "--recipe", str(path), "--out", "run"]) == 0
+    assert "fastdiff sample --classifier run/model" in capsys.readouterr().out
+    # there is nothing to draw
+    assert sorted(os.listdir("run")) == ["log.jsonl", "model", "state.safetensors"]
+    assert isinstance(checkpoint.load_classifier("run/model"), Classifier)
+    assert "accuracy" in read_log(Path("run/log.jsonl"))[-1]
+    assert cli.main(["sample", *FAST, "--classifier", "run/model", "-q"]) == 0
+    assert images.read_metadata("samples.png")["classifier"] == "small"
+
+
+def test_train_makes_an_upsampler_whose_grids_enlarge_the_data() -> None:
+    network = json.loads(recipe().read_text())["network"]
+    network |= {"type": "super_resolution", "low_res_size": 8, "low_res_channels": 1}
+    assert cli.main(["train", "--recipe", str(recipe(network=network)), "--out", "run", "-q"]) == 0
+    assert Image.open("run/samples-3.png").width > 100
+    model = fastdiff.load("run/model")
+    assert model.network.extra_shapes == {"low_res": (1, 8, 8)}
+
+
+def test_plot_draws_the_losses_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--recipe", str(recipe()), "--out", "run", "-q"]) == 0
+    assert cli.main(["plot", "run"]) == 0
+    assert capsys.readouterr().out.endswith("loss.png\n")
+    assert Image.open("loss.png").size == (800, 450)
+    assert cli.main(["plot", "run"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main(["plot", "run", "run", "--force"]) == 0
+    assert cli.main(["plot", "run", "-o", "loss.pdf"]) == 2
+    assert cli.main(["plot", "nowhere", "-o", "b.png"]) == 2
+    assert "run nowhere has no line in its log.jsonl" in capsys.readouterr().err
+    assert not Path("b.png").exists()
