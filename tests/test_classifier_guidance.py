@@ -315,6 +315,8 @@ def test_a_classifier_guides_in_inference_mode() -> None:
     expected = sampler([1, 2], seed=0)
     with torch.inference_mode():
         assert torch.equal(sampler([1, 2], seed=0), expected)
+        with pytest.raises(ValueError, match=r"classifier must have weights .* made under torch.inference_mode\(\)"):
+            Sampler(a_model(), classifier=a_classifier(Judge()))
         made_here = Sampler(a_model(), steps=STEPS, dtype="float64", classifier=sampler.classifier)
         assert torch.equal(made_here([1, 2], seed=0), expected)
 
