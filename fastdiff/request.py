@@ -161,11 +161,16 @@ def resolve_classifier(classifier: Any, model: DiffusionModel, dtype: torch.dtyp
     if isinstance(classifier, str | PathLike):
         from fastdiff.checkpoint import load_classifier
 
-        # no gradient goes through weights that are made in inference mode
+        # the caller may be in inference mode, whose tensors take no part in a gradient
         with torch.inference_mode(False):
             classifier = load_classifier(classifier, dtype=dtype)
     if not isinstance(classifier, Classifier):
         raise TypeError(f"classifier must be a Classifier, a name, a folder or None, got {type(classifier).__name__}")
+    if any(tensor.is_inference() for tensor in classifier.parameters()):
+        raise ValueError(
+            "classifier must have weights that gradients go through, got some made under torch.inference_mode(); "
+            "make or load it outside"
+        )
     if classifier.image_shape != model.image_shape:
         raise ValueError(
             f"classifier must have image_shape={model.image_shape} as the model, got {classifier.image_shape}"

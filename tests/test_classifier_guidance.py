@@ -280,6 +280,27 @@ def test_a_classifier_runs_in_the_dtype_of_the_call_or_its_own() -> None:
     assert [x.dtype for x in function.x[::STEPS]] == [torch.float32, torch.bfloat16, torch.float64]
 
 
+def test_a_classifier_of_a_wider_dtype_sees_the_state_itself() -> None:
+    class Narrow(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            assert x.dtype == torch.bfloat16
+            return self.gain * mixing(x, t, y)
+
+    class Wide(Judge):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach().clone())
+            return super().forward(x, t)
+
+    x_T, seen = randomness(0, 2)[0], []
+    sampler = Sampler(a_model(Narrow()), steps=STEPS, classifier=a_classifier(Wide()))
+    sampler([1, 2], x_T=x_T)
+    assert torch.equal(seen[0], x_T.float()) and not torch.equal(seen[0], x_T.bfloat16().float())
+
+
 def test_a_compiled_classifier_guides() -> None:
     judge = Judge()
     compiled = torch.compile(judge, backend="aot_eager")
@@ -294,6 +315,8 @@ def test_a_classifier_guides_in_inference_mode() -> None:
     expected = sampler([1, 2], seed=0)
     with torch.inference_mode():
         assert torch.equal(sampler([1, 2], seed=0), expected)
+        with pytest.raises(ValueError, match=r"classifier must have weights .* made under torch.inference_mode\(\)"):
+            Sampler(a_model(), classifier=a_classifier(Judge()))
         made_here = Sampler(a_model(), steps=STEPS, dtype="float64", classifier=sampler.classifier)
         assert torch.equal(made_here([1, 2], seed=0), expected)
 

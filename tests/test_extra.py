@@ -56,19 +56,20 @@ LOW_RES = {"low_res": randomness(0, 3, (1, 4, 4))[0]}
 def test_each_row_gets_its_own_image_s() -> None:
     network = Recorder(tinted)
     sampler = Sampler(a_model(network), **OPTIONS)
-    images = sampler(LABELS, W, seed=[4, 5, 6], extra=EXTRA)
-    # guided first, and its null row last
-    order = [1, 0, 2, 1]
+    w = [0.0, 1.5, 2.0]
+    images = sampler(LABELS, w, seed=[4, 5, 6], extra=EXTRA)
+    # guided first, and their null rows last
+    order = [1, 2, 0, 1, 2]
     for given in network.extra:
         assert given.keys() == EXTRA.keys()
         assert all(torch.equal(given[name], EXTRA[name][order]) for name in given)
     for i in range(3):
         one = {name: values[i : i + 1] for name, values in EXTRA.items()}
-        alone = sampler(LABELS[i], W[i], seed=[4 + i], extra=one)
+        alone = sampler(LABELS[i], w[i], seed=[4 + i], extra=one)
         torch.testing.assert_close(alone, images[i : i + 1], rtol=0, atol=1e-12)
-    in_parts = Sampler(a_model(tinted), **OPTIONS, batch_size=2)(LABELS, W, seed=[4, 5, 6], extra=EXTRA)
+    in_parts = Sampler(a_model(tinted), **OPTIONS, batch_size=2)(LABELS, w, seed=[4, 5, 6], extra=EXTRA)
     torch.testing.assert_close(in_parts, images, rtol=0, atol=1e-12)
-    assert (sampler(LABELS, W, seed=[4, 5, 6], extra=EXTRA | {"tint": -EXTRA["tint"]}) - images).abs().max() > 0.1
+    assert (sampler(LABELS, w, seed=[4, 5, 6], extra=EXTRA | {"tint": -EXTRA["tint"]}) - images).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

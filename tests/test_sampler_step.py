@@ -50,6 +50,7 @@ def watch(monkeypatch) -> list[int]:
 
     def watched_run(self, m):
         before = addresses(self)
+        assert set(before.values()) <= {tensor.data_ptr() for tensor in self.static()}
         with NoHostReads():
             run(self, m)
         assert addresses(self) == before, "a row replaced a buffer"
