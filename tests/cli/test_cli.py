@@ -60,8 +60,9 @@ def test_help_tells_of_every_option(command: str, capsys: pytest.CaptureFixture[
     text, fields = capsys.readouterr().out, dataclasses.fields(COMMANDS[command])
     assert stop.value.code == 0
     for field in fields:
-        assert f"--{field.name.replace('_', '-')}" in text or field.name in ("model", "path")
-    assert "[MODEL" in text or command == "train"
+        option = f"--{field.name.replace('_', '-')}"
+        assert option in text or field.name in ("model", "path", "runs")
+    assert "[MODEL" in text or command in ("train", "plot")
     assert "None" not in text, "a default that says nothing"
 
 
