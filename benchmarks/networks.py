@@ -61,8 +61,13 @@ class Case:
 
 
 def build(name: str, seed: int = 0) -> UNet:
+    """One of CONFIGS"""
+    return randomised(CONFIGS[name], seed)
+
+
+def randomised(config: UNetConfig, seed: int = 0) -> UNet:
     """The network in float32 on the CPU; no parameter is zero, and activations stay near 1 through all blocks"""
-    unet = UNet(CONFIGS[name])
+    unet = UNet(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, p in unet.named_parameters():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +32,7 @@ def limit(seconds: float) -> Iterator[None]:
     """TookTooLong after so many seconds of the body; main thread only"""
 
     def stop(*_: Any) -> None:
-        raise TookTooLong(f"more than {seconds:g} s to be made and to draw its first images")
+        raise TookTooLong(f"more than {seconds:g} s to be made and called once")
 
     before = signal.signal(signal.SIGALRM, stop)
     # again, should it be swallowed all the same
@@ -59,6 +63,57 @@ class DeviceMemory:
         torch.cuda.synchronize()
         self.peak = torch.cuda.max_memory_allocated() - self.before[0]
         self.reserved = torch.cuda.max_memory_reserved() - self.before[1]
+
+
+class PeakMemory:
+    """Most bytes that a call holds at a time beyond what was held when this was made
+
+    On a GPU what torch has allocated. On a CPU the resident size of the process, so with all that libraries and
+    compilers keep; what was freed goes back to the system before both readings. Linux only, else None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            self.before: int | None = torch.cuda.memory_allocated()
+        else:
+            _give_back()
+            self.before = _resident("VmRSS")
+
+    def of(self, run: Run) -> int | None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            torch.cuda.synchronize()
+            peak: int | None = torch.cuda.max_memory_allocated()
+        else:
+            _give_back()
+            try:
+                # sets VmHWM back to what is resident now: proc_pid_clear_refs(5)
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                return None
+            run()
+            peak = _resident("VmHWM")
+        return None if peak is None or self.before is None else peak - self.before
+
+
+def _resident(name: str) -> int | None:
+    """Bytes of the process in memory, now ("VmRSS") or at most ("VmHWM"); None where Linux is not asked"""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else 1024 * int(found[1])
+
+
+def _give_back() -> None:
+    """What was freed, to the system: an allocator keeps some, which would hide what is allocated next"""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def launches(run: Run, steps: int) -> Row:

@@ -1,10 +1,11 @@
-"""What the rows of whole networks say, as README's table and two pictures
+"""What the rows of whole networks and of training say, as README's tables and two pictures
 
     python -m benchmarks.report [--results benchmarks/results] [--readme README.md] [--docs docs]
 
-The table goes between <!-- networks --> and <!-- /networks -->; docs/ladder.png and docs/batch.png are drawn where
-there are rows of them (batch: of a GPU). Of every case and device the rows of the last run count. A ratio is
-written where p20 to p80 of the two do not overlap, and only there; what is absent is called so.
+The tables go between <!-- networks --> and <!-- /networks -->, <!-- training --> and <!-- /training -->;
+docs/ladder.png and docs/batch.png are drawn where there are rows of them (batch: of a GPU). Of every case and device
+the rows of the last run count. A ratio is written where p20 to p80 of the two do not overlap, and only there; what is
+absent is called so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import training
 from benchmarks.networks import CONFIGS
 from benchmarks.registry import ITEM, passes
 from benchmarks.sites import blocks
@@ -22,12 +24,12 @@ from fastdiff.evaluation.results import Row, read_rows
 from fastdiff.model import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- networks -->", "<!-- /networks -->"
 NOT_MEASURED = "not measured"
 
 PROVIDERS = {
     "fastdiff": "fastdiff",
     "again": "fastdiff again",
+    "fastdiff-compile": "fastdiff, torch.compile",
     "diffusers-float32": "diffusers float32",
     "diffusers-eager": "diffusers",
     "diffusers-channels-last": "channels_last",
@@ -36,6 +38,8 @@ PROVIDERS = {
     "diffusers-graph": "CUDA graph",
 }
 BACKENDS = {"cpu": "a CPU", "cuda": "a GPU"}
+
+NETWORKS = list(dict.fromkeys([*CONFIGS, *training.NETWORKS]))
 
 # what dense products in half precision and copies reach at most, by a part of the device's name
 FLOP_PER_S = 790e12
@@ -66,10 +70,17 @@ def times_as_fast(mine: Row, other: Row) -> float | None:
     return None
 
 
-def step_cell(row: Row, mine: Row) -> str:
+def _compared(value: float, row: Row, mine: Row) -> str:
     ratio = times_as_fast(mine, row)
-    value = f"{row['p50_ms']:.4g}"
-    return value if ratio is None else f"{value} ({ratio:.2f}x)"
+    return f"{value:.4g}" if ratio is None else f"{value:.4g} ({ratio:.2f}x)"
+
+
+def step_cell(row: Row, mine: Row) -> str:
+    return _compared(row["p50_ms"], row, mine)
+
+
+def rate_cell(row: Row, mine: Row) -> str:
+    return _compared(row["images_per_s"], row, mine)
 
 
 def need_cell(row: Row, mine: Row) -> str:
@@ -96,14 +107,24 @@ def _lines(cases: list[list[Row]], cell: Callable[[Row, Row], str]) -> list[str]
         by = {row["provider"]: row for row in rows}
         mine = by["fastdiff"]
         images = "1 image" if mine["images"] == 1 else f"{mine['images']} images"
-        name = f"{mine['network'].replace('adm', 'ADM')}, {mine['dtype']}, {images}, w = {mine['w']:g}"
+        w = f", w = {mine['w']:g}" if "w" in mine else ""
+        name = f"{mine['network'].replace('adm', 'ADM')}, {mine['dtype']}, {images}{w}"
         lines.append(f"| {name} | " + " | ".join(_cell(by.get(p), mine, cell) for p in asked) + " |")
     return lines
 
 
 def table(rows: Iterable[Row]) -> str:
-    """README's text: a part a backend and device"""
-    groups = latest(rows, "network")
+    """README's text on whole networks: a part a backend and device"""
+    return _parts(rows, "network", _networks)
+
+
+def training_table(rows: Iterable[Row]) -> str:
+    """README's text on training, likewise"""
+    return _parts(rows, "training", _training)
+
+
+def _parts(rows: Iterable[Row], case: str, part: Callable[[list[list[Row]], str], list[str]]) -> str:
+    groups = latest(rows, case)
     parts = []
     for backend, where in BACKENDS.items():
         devices = sorted({device for (_, device), of in groups.items() if of[0]["backend"] == backend})
@@ -111,24 +132,27 @@ def table(rows: Iterable[Row]) -> str:
             parts.append(f"On {where}: {NOT_MEASURED}.")
         for device in devices:
             cases = [of for (_, at), of in sorted(groups.items(), key=_order) if at == device]
-            parts += _device(cases, backend, device)
+            parts += part(cases, backend)
     return "\n\n".join(parts)
 
 
 def _order(item: tuple[tuple[str, str], list[Row]]) -> tuple[Any, ...]:
     row = item[1][0]
-    return list(CONFIGS).index(row["network"]), row["dtype"] != "float32", row["images"], row["w"]
+    return NETWORKS.index(row["network"]), row["dtype"] != "float32", row["images"], row.get("w", 0.0)
 
 
-def _device(cases: list[list[Row]], backend: str, device: str) -> list[str]:
+def _head(cases: list[list[Row]], backend: str, what: str) -> str:
     every = [row for rows in cases for row in rows]
     commits = sorted({row["commit"] + (" with changes" if row["dirty"] else "") for row in every})
     threads = f", {every[0]['threads']} threads" if backend == "cpu" else ""
-    head = (
-        f"{device}{threads}, torch {every[0]['torch']}, commit {', '.join(commits)}: milliseconds a step, medians, and "
+    return (
+        f"{every[0]['device']}{threads}, torch {every[0]['torch']}, commit {', '.join(commits)}: {what}, medians, and "
         f"how many times as fast fastdiff is where p20 to p80 of {LEAST_ROUNDS} calls or more do not overlap."
     )
-    parts = [head, "\n".join(_lines(cases, step_cell))]
+
+
+def _networks(cases: list[list[Row]], backend: str) -> list[str]:
+    parts = [_head(cases, backend, "milliseconds a step"), "\n".join(_lines(cases, step_cell))]
     parts += [
         f"Seconds to the first images, compiling included{', and peak memory' * (backend == 'cuda')}:",
         "\n".join(_lines(cases, need_cell)),
@@ -138,12 +162,25 @@ def _device(cases: list[list[Row]], backend: str, device: str) -> list[str]:
     return parts
 
 
-def inserted(readme: str, text: str) -> str:
-    """readme with text between its markers; ValueError without them"""
-    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
-        raise ValueError(f"README must hold {START} and {END} once each, in this order")
-    head, rest = readme.split(START)
-    return f"{head}{START}\n{text}\n{END}{rest.split(END)[1]}"
+def _training(cases: list[list[Row]], backend: str) -> list[str]:
+    return [
+        _head(cases, backend, "images a second"),
+        "\n".join(_lines(cases, rate_cell)),
+        "Seconds to the first step, compiling included, and peak memory of a later one:",
+        "\n".join(_lines(cases, need_cell)),
+    ]
+
+
+TABLES = {"networks": table, "training": training_table}
+
+
+def inserted(readme: str, name: str, text: str) -> str:
+    """readme with text between the markers of this name; ValueError without them"""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
+        raise ValueError(f"README must hold {start} and {end} once each, in this order")
+    head, rest = readme.split(start)
+    return f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def flops(name: str) -> int:
@@ -252,9 +289,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pictures")
     given = parser.parse_args(arguments)
     rows = read_rows(given.results, "benchmark")
-    text = table(rows)
-    print(text)
-    given.readme.write_text(inserted(given.readme.read_text(encoding="utf-8"), text), encoding="utf-8")
+    readme = given.readme.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        text = make(rows)
+        print(text)
+        readme = inserted(readme, name, text)
+    given.readme.write_text(readme, encoding="utf-8")
     for name, draw in (("ladder", draw_ladder), ("batch", draw_batch)):
         path = given.docs / f"{name}.png"
         print(f"wrote {path}" if draw(rows, path) else f"{path}: {NOT_MEASURED}")

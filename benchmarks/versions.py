@@ -7,14 +7,14 @@ import dataclasses
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.networks import STEPS, Call, Case, Problem
+from benchmarks.networks import STEPS, Call, Problem
 from benchmarks.observe import DeviceMemory
 from benchmarks.timing import LEAST_ROUNDS, percentiles
 from fastdiff.evaluation.results import Row
@@ -177,12 +177,22 @@ def as_benchmarked(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
-def parametrised(cpu: list[Case], gpu: list[Case], kind: str) -> list[Any]:
+class Named(Protocol):
+    """What a case of any kind is told apart by"""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+
+def parametrised(cpu: Sequence[Named], gpu: Sequence[Named], kind: str) -> list[Any]:
     marked = [(case, ()) for case in cpu] + [(case, (pytest.mark.gpu,)) for case in gpu]
     return [pytest.param(case, id=f"{kind}-{case.id}", marks=marks) for case, marks in marked]
 
 
-def leave_out(case: Case, device: torch.device, record: Recorder, **facts: object) -> None:
+def leave_out(case: Named, device: torch.device, record: Recorder, **facts: object) -> None:
     """Skips a case of another device, and with --resume one that has a row with these facts"""
     if case.device != device.type:
         pytest.skip(f"needs --device {case.device}")

@@ -1,4 +1,4 @@
-"""README's table of whole networks says what the rows say"""
+"""README's tables of whole networks and of training say what the rows say"""
 
 from __future__ import annotations
 
@@ -107,19 +107,21 @@ def test_a_gpu_has_launches_and_energy() -> None:
 def test_readme_holds_the_table_of_the_rows() -> None:
     text = (ROOT / "README.md").read_text()
     rows = read_rows(ROOT / "benchmarks" / "results", "benchmark")
-    assert report.inserted(text, report.table(rows)) == text, "python -m benchmarks.report writes it"
+    for name, table in report.TABLES.items():
+        assert report.inserted(text, name, table(rows)) == text, "python -m benchmarks.report writes it"
 
 
-@pytest.mark.parametrize("text", ["", report.START, report.END + report.START, 2 * (report.START + report.END)])
+@pytest.mark.parametrize("text", ["", "<!-- x -->", "<!-- /x --><!-- x -->", 2 * "<!-- x --><!-- /x -->"])
 def test_a_readme_without_its_markers_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="once each"):
-        report.inserted(text, "table")
+    with pytest.raises(ValueError, match="<!-- x --> and <!-- /x --> once each"):
+        report.inserted(text, "x", "table")
 
 
 def test_the_report_is_written_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    marked = "before\n<!-- networks -->\n{}\n<!-- /networks -->\n<!-- training -->\n{}\n<!-- /training -->\nafter\n"
+    readme.write_text(marked.format("old", "older"))
     ladder = [
         row("fastdiff", (9 - i, 10 - i, 11 - i), case="ladder", id="ladder-x", rung=i, added=name)
         for i, name in enumerate(["as published", "norm", "concat"])
@@ -129,7 +131,7 @@ def test_the_report_is_written_and_says_what_is_missing(tmp_path: Path, capsys: 
         append_row(tmp_path / "rows.jsonl", one)
     arguments = ["--results", str(tmp_path), "--readme", str(readme), "--docs", str(tmp_path)]
     report.main(arguments)
-    assert readme.read_text() == f"before\n{report.START}\n{report.table(RUN)}\n{report.END}\nafter\n"
+    assert readme.read_text() == marked.format(report.table(RUN), report.training_table([]))
     assert (tmp_path / "ladder.png").stat().st_size > 1000
     assert not (tmp_path / "batch.png").exists() and "batch.png: not measured" in capsys.readouterr().out
     for one in gpu_rows():
