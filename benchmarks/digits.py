@@ -37,8 +37,9 @@ TIMES = (0, 50, 100, 200, 300, 400, 500, 600, 700)
 STREAM = 4  # noise that neither training nor the bound has drawn
 
 
-def _real() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(data.images, data.labels) for data in (digits("train"), digits("heldout"))]
+def _real() -> dict[str, Any]:
+    train, heldout = digits("train"), digits("heldout")
+    return {"real_train": (train.images, train.labels), "real_heldout": (heldout.images, heldout.labels)}
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
@@ -52,7 +53,9 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
 def tradeoff(given: argparse.Namespace) -> None:
     """Each sampler of SAMPLERS over w, and at w = 0 over the scale of a classifier"""
     classifier = checkpoint.BUNDLED_CLASSIFIERS.get(given.classifier, given.classifier)
-    options = _options(given) | {
+    options = {
+        **_real(),
+        **_options(given),
         "classifier": given.classifier,
         "classifier_scales": SCALES,
         "classifier_sha256": checkpoint.info(classifier)["sha256"],
@@ -60,7 +63,7 @@ def tradeoff(given: argparse.Namespace) -> None:
     reports = {}
     for name, sampler in SAMPLERS.items():
         if given.only in (None, name):
-            reports[name] = evaluate(given.model, *_real(), weights=WEIGHTS, **sampler, **options)
+            reports[name] = evaluate(given.model, weights=WEIGHTS, **sampler, **options)
             print(f"{name}\n\n{table(reports[name])}", flush=True)
     if given.plot is not None:
         print(f"plot    {plot.tradeoff(reports, given.plot)}")
@@ -68,9 +71,8 @@ def tradeoff(given: argparse.Namespace) -> None:
 
 def variances(given: argparse.Namespace) -> None:
     """2102.09672's point: few steps need a learned variance, and so does the likelihood"""
-    model, options = checkpoint.load(given.model), _options(given)
-    real = _real()
-    pixels, labels = real[1]
+    model, options = checkpoint.load(given.model), _real() | _options(given)
+    pixels, labels = options["real_heldout"]
     print("| sampler | variance | accuracy | spread / real | Fréchet distance | bits / dimension |")
     print("| --- | --- | --- | --- | --- | --- |")
     for steps in CHAINS:
@@ -86,10 +88,11 @@ def variances(given: argparse.Namespace) -> None:
         bits = {each["variance"]: each["total"] for each in bound["bounds"]}
         for variance in VARIANCES:
             sampler: dict[str, Any] = {"solver": "ddpm", "steps": steps, "variance": variance}
-            (point,) = evaluate(given.model, *real, weights=(0.0,), **sampler, **options)["points"]
+            (point,) = evaluate(given.model, weights=(0.0,), **sampler, **options)["points"]
             _line(f"DDPM-{steps}", variance, point, f"{_figure(bits[variance], 'standard_error')}")
-    (point,) = evaluate(given.model, *real, weights=(0.0,), solver="ddim", steps=50, **options)["points"]
-    _line("DDIM-50", "none", point, "-")
+    few = CHAINS[-1]
+    (point,) = evaluate(given.model, weights=(0.0,), solver="ddim", steps=few, **options)["points"]
+    _line(f"DDIM-{few}", "none", point, "-")
 
 
 def _line(sampler: str, variance: str, point: dict[str, Any], bits: str) -> None:
