@@ -66,7 +66,7 @@ SHARDS ?= bench_sampler $(NETWORK_SHARDS) $(TRAINING_SHARDS) guided_step- q_samp
 gpu: gpu-tests gpu-bench
 
 CAPTURE = tests/kernels/test_capture.py
-TESTS ?= tests/test_gpu.py tests/test_cuda_graph.py $(CAPTURE) $(filter-out $(CAPTURE),$(sort $(wildcard tests/kernels/test_*.py)))
+TESTS ?= tests/test_gpu.py tests/test_cuda_graph.py tests/test_training_kernels.py $(CAPTURE) $(filter-out $(CAPTURE),$(sort $(wildcard tests/kernels/test_*.py)))
 # 5: a file has no GPU test
 gpu-tests:
 	@status=0; for file in $(TESTS); do echo "$$file"; \

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from kernels.places import NO_INTERPRETER
 from torch import nn
-from training_cases import small_data
+from training_cases import config, small_data, unet_model
 
 from fastdiff import DiffusionModel
 from fastdiff.model.blocks import AdaGroupNorm, Features, ResBlock
 from fastdiff.model.embeddings import timestep_embedding
+from fastdiff.schedule import Schedule
 from fastdiff.training import Run, TrainConfig
 
 CHANNELS, STEPS = 8, 20
@@ -83,3 +86,31 @@ def test_kernels_and_references_train_alike(place: str, request: pytest.FixtureR
     assert kernels[1] == pytest.approx(references[1], rel=bound)
     # they went somewhere: a run that stands still would agree with anything
     assert sum(references[0][-5:]) < 0.9 * sum(references[0][:5])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_takes_every_option_on_its_device(device: str, precision: str, tmp_path: Path) -> None:
+    """Steps, skipped ones among them, and a state that another run goes on from"""
+
+    def fresh() -> Run:
+        model = unet_model(out_channels=2, channel_mult=[1, 2], attention_resolutions=[4], gradient_checkpointing=True)
+        model.network.to(device)
+        model.schedule = Schedule.named("cosine", 4)
+        options = {"loss": "hybrid", "min_snr_gamma": 5.0, "timesteps": "loss_second_moment", "accumulate": 2}
+        return Run(model, small_data(), config(batch_size=20, precision=precision, ema_decay=(0.9, 0.5), **options))
+
+    run = fresh()
+    for _ in range(6):
+        assert not run.advance().skipped
+    run.save(tmp_path / "state.safetensors")
+    other = fresh()
+    other.load(tmp_path / "state.safetensors")
+    spoiled = other.network.register_forward_hook(lambda module, given, output: output * math.nan)
+    before = {name: tensor.clone() for name, tensor in other._tensors()}
+    assert other.advance().skipped
+    assert all(torch.equal(before[name], tensor) for name, tensor in other._tensors())
+    spoiled.remove()
+    other.load(tmp_path / "state.safetensors")
+    steps = run.advance(), other.advance()
+    assert steps[0].loss == pytest.approx(steps[1].loss, rel=1e-5 if device == "cpu" else 1e-3)
