@@ -75,6 +75,14 @@ def test_probability_follows_the_root_of_the_mean_square_of_the_last_ten_losses(
     torch.testing.assert_close(probabilities(sampler, 3), expected, rtol=1e-6, atol=0)
 
 
+def test_a_probability_is_the_width_that_the_weight_divides_by() -> None:
+    """To the word: of 2^32 words t has 2^32 / (T * weight)"""
+    sampler = learned()
+    counts = (probabilities(sampler) * RANGE).round().long()
+    assert int(counts.sum()) == RANGE
+    assert counts.tolist() == torch.from_numpy(sampler._ends()).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+
+
 def test_it_is_uniform_until_every_time_has_ten_losses() -> None:
     sampler, words = LossSecondMoment(4), torch.arange(0, RANGE, RANGE // 64)
     for i in range(HISTORY):
