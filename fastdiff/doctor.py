@@ -128,6 +128,10 @@ def _dtype(model: str, device: str | None) -> str:
 
 
 def _sample(model: str, device: str | None) -> str:
+    import torch
+
     sampler = fastdiff.Sampler(model, steps=1, device=device, check_finite=True)
-    image = sampler(None if sampler.model.num_classes is None else 0, seed=0)
+    shapes = getattr(sampler.model.network, "extra_shapes", {})
+    extra = {name: torch.zeros(1, *shape) for name, shape in shapes.items()}
+    image = sampler(None if sampler.model.num_classes is None else 0, seed=0, extra=extra or None)
     return f"one step gave a finite image of {'x'.join(map(str, image.shape[1:]))}"

@@ -47,21 +47,22 @@ class Networks:
 class PlacedNetworks:
     """A model's networks and a classifier's on one device, each in place where it fits, otherwise through a copy
 
-    dtype: to convert them to; None is what the model prefers, or their own. ValueError for float64 on a GPU.
+    dtype: to convert them to; None is what each of them prefers, or its own. ValueError for float64 on a GPU.
     """
 
     def __init__(
         self, model: DiffusionModel, classifier: Classifier | None, device: torch.device, dtype: torch.dtype | None
     ) -> None:
         self.model, self.classifier, self.device = model, classifier, device
-        self._convert_to = dtype or preferred_dtype(model, device)
-        self._placed = [Placed(device, self._convert_to) for _ in range(3)]
+        owners = (model, model.null_model, classifier)
+        to = [dtype or (None if owner is None else preferred_dtype(owner, device)) for owner in owners]
+        self._placed = [Placed(device, each) for each in to]
         self._check()
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the network's input and, where it is float64, of the state; a foreign network has its owner's"""
-        return self._convert_to or dtype_of(self.model)
+        return self._placed[0].dtype or dtype_of(self.model)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -91,13 +92,15 @@ class PlacedNetworks:
                 null_unlabelled=other is not None and other.num_classes is None,
                 device=self.device,
                 dtype=self.dtype,
-                null_dtype=None if other is None else self._dtype_beside(other),
+                null_dtype=None if other is None else self._dtype_beside(1, other),
                 state_dtype=self.state_dtype,
                 classifier=classifier_network,
                 num_classes=0 if classifier is None else classifier.num_classes,
-                classifier_dtype=None if classifier is None else self._dtype_beside(classifier) or self.dtype,
+                classifier_dtype=None if classifier is None else self._dtype_beside(2, classifier) or self.dtype,
             )
 
-    def _dtype_beside(self, other: DiffusionModel | Classifier) -> torch.dtype | None:
-        """Of a second network's input; None where it is no module, and takes what the first one takes"""
-        return (self._convert_to or dtype_of(other)) if isinstance(other.network, torch.nn.Module) else None
+    def _dtype_beside(self, which: int, other: DiffusionModel | Classifier) -> torch.dtype | None:
+        """Of another network's input; None for a function without a dtype, which takes what the first one takes"""
+        if isinstance(other.network, torch.nn.Module):
+            return self._placed[which].dtype or dtype_of(other)
+        return self._placed[which].dtype

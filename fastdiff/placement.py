@@ -72,7 +72,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def preferred_dtype(model: DiffusionModel, device: torch.device) -> torch.dtype | None:
+def preferred_dtype(model: DiffusionModel | Classifier, device: torch.device) -> torch.dtype | None:
     """The recorded dtype; for a network of our protocol what suits the hardware; None for others, which stay."""
     if model.dtype is not None:
         return model.dtype

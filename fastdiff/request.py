@@ -23,6 +23,8 @@ from fastdiff.step import Randomness
 __all__ = ["Batch", "Noise", "Request", "build_table", "check_extra", "resolve_classifier", "resolve_request"]
 
 Noise = torch.Tensor | Callable[[int], torch.Tensor] | None
+# what a network is called with beside extra
+RESERVED = ("x", "t", "y", "mod")
 
 
 class Batch(NamedTuple):
@@ -139,6 +141,8 @@ def check_extra(model: DiffusionModel, extra: Mapping[str, torch.Tensor] | None)
     for name, values in extra.items():
         if not isinstance(name, str) or not isinstance(values, torch.Tensor):
             raise TypeError(f"extra must hold tensors by name, got {name!r}: {type(values).__name__}")
+        if name in RESERVED:
+            raise ValueError(f"extra must not hold {name!r}, which is an argument of every network")
         if values.ndim == 0:
             raise ValueError(f"extra[{name!r}] must have shape (N, ...), one row an image, got a single number")
     for network in (model.network, *([] if model.null_model is None else [model.null_model.network])):

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "noise": set(),
     "images": {"atomic"},
     "atomic": set(),
+    "canvas": set(),
     "diffusion_model": {"schedule", "prediction"},
     "classifier": {"schedule"},
     "variational_bound": {"prediction", "schedule", "solvers"},
@@ -41,11 +42,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "training": {
         *("atomic", "schedule", "prediction", "guidance", "noise", "diffusion_model", "checkpoint", KERNELS),
-        *("classifier", "placement", "variational_bound"),
+        *("classifier", "canvas", "placement", "variational_bound"),
     },
     "evaluation": {
         *("sampler", "diffusion_model", "schedule", "prediction", "solvers", "variational_bound"),
-        *("checkpoint", "classifier", "guidance", "noise", "placement", KERNELS),
+        *("checkpoint", "classifier", "canvas", "guidance", "noise", "placement", KERNELS),
     },
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}

@@ -60,10 +60,11 @@ class Evaluate:
     def run(self) -> int:
         """Measures, and prints the table."""
         from fastdiff import checkpoint, evaluation, images
+        from fastdiff.canvas import require_matplotlib
         from fastdiff.evaluation import plot
 
         if self.plot is not None:
-            plot.require_matplotlib()
+            require_matplotlib()
             if images.check_out(self.plot, self.force) != "png":
                 raise ValueError(f"--plot must end in .png, got {self.plot}")
         options: dict[str, Any] = {

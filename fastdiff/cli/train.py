@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +14,11 @@ from fastdiff.cli.arguments import DEFAULT_W, Device, Quiet, first_labels, optio
 
 if TYPE_CHECKING:
     from fastdiff.diffusion_model import DiffusionModel
+    from fastdiff.sampler import Sampler
 
 __all__ = ["Plot", "Train"]
 
+BEFORE_A_SAVE = re.compile(r"log\.jsonl|tensorboard|samples-\d+\.png|\.tmp-.*")
 RECIPE = Path(fastdiff.__file__).parent / "assets" / "digits" / "recipe.json"
 
 
@@ -43,17 +46,21 @@ class Train:
         from fastdiff.placement import resolve_device
 
         folder = Path(self.out)
-        # a run that ended before its first save leaves a log, and the beginning of a save
+        # a run that ended before its first save leaves these
         left = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        if not self.resume and [name for name in left if name != "log.jsonl" and not name.startswith(".tmp-")]:
+        if not self.resume and not all(map(BEFORE_A_SAVE.fullmatch, left)):
             raise ValueError(f"--out {folder} is not empty; --resume goes on with a run, or give a new folder")
         recipe = training.read_recipe(self.recipe, self.iterations)
         data = training.load_data(recipe.data)
         model = checkpoint.fresh(recipe.sections, seed=recipe.config.seed, device=resolve_device(self.device))
 
-        def draw(step: int, averaged: Any) -> None:
-            extra = training.extra_of(averaged, data)
-            _sample_grid(averaged, folder / f"samples-{step}.png", recipe.config.seed, extra)
+        extra, draw = training.extra_of(model, data), None
+        if isinstance(model, fastdiff.DiffusionModel):
+            # what cannot be drawn should be known before hours of training
+            _grid_sampler(model)
+
+            def draw(step: int, averaged: Any) -> None:
+                _sample_grid(averaged, folder / f"samples-{step}.png", recipe.config.seed, extra)
 
         try:
             trained = training.train(
@@ -63,11 +70,11 @@ class Train:
                 folder,
                 resume=self.resume,
                 progress=not self.quiet,
-                callback=draw if isinstance(model, fastdiff.DiffusionModel) else None,
+                callback=draw,
+                storage_dtype=recipe.storage_dtype,
             )
         except training.TrainingError as error:
             raise FloatingPointError(str(error)) from error
-        checkpoint.save(trained, folder / "model", overwrite=True, storage_dtype=recipe.storage_dtype)
         to = "sample" if isinstance(trained, fastdiff.DiffusionModel) else "sample --classifier"
         print(
             folder / "model" if self.quiet else f"model   {folder / 'model'}\nsample  fastdiff {to} {folder / 'model'}"
@@ -99,6 +106,10 @@ class Plot:
         return 0
 
 
+def _grid_sampler(model: DiffusionModel) -> Sampler:
+    return fastdiff.Sampler(model, steps=min(20, model.schedule.num_train_timesteps))
+
+
 def _sample_grid(model: DiffusionModel, path: Path, seed: int, extra: dict[str, Any]) -> None:
     """Two images of each of the first ten classes, the same noise at every call; extra: of the data's images."""
     from fastdiff import images
@@ -109,7 +120,7 @@ def _sample_grid(model: DiffusionModel, path: Path, seed: int, extra: dict[str, 
     w = 0.0 if model.null_label is None else DEFAULT_W
     n = 2 * len(texts)
     extra = {name: tensor[[i % len(tensor) for i in range(n)]] for name, tensor in extra.items()}
-    sampler = fastdiff.Sampler(model, steps=min(20, model.schedule.num_train_timesteps))
+    sampler = _grid_sampler(model)
     pixels = images.to_uint8(sampler(labels, w, num_images=n, seed=seed, extra=extra or None))
     metadata = {"model": model.name, "seed": seed, "labels": labels, "w": w, "steps": len(sampler.timesteps)}
     images.save_png(path, images.grid(pixels, len(texts), 2, texts), metadata, force=True)

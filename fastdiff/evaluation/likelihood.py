@@ -79,6 +79,8 @@ def bits_per_dimension(
     """
     if not isinstance(model, DiffusionModel):
         raise TypeError(f"model must be a DiffusionModel, got {type(model).__name__}; fastdiff.load gives one")
+    if shapes := getattr(model.network, "extra_shapes", {}):
+        raise ValueError(f"model must take images alone, its network takes {sorted(shapes)} of each, too")
     pixels = _eight_bits(images, model.image_shape)
     y = _labels(labels, model, len(pixels))
     seeds = torch.tensor(image_seeds(seed, len(pixels)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -9,18 +10,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["bits_by_t", "require_matplotlib", "tradeoff"]
+from fastdiff.canvas import new_figure
+
+__all__ = ["bits_by_t", "tradeoff"]
 
 STYLES = ({"linestyle": "-", "marker": "o"}, {"linestyle": "--", "marker": "s"}, {"linestyle": "-.", "marker": "^"})
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#777777"
-
-
-def require_matplotlib() -> None:
-    """ValueError that says how to install matplotlib, where it is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("plots need matplotlib; install it with: pip install 'fastdiff[train]'") from None
 
 
 Report = dict[str, Any]
@@ -36,7 +31,7 @@ def tradeoff(reports: Report | Mapping[str, Report], path: str | PathLike[str]) 
     """
     named: Mapping[str, Any] = {"": reports} if "points" in reports else reports
     rows = ["w"] + ["classifier_scale"] * any(report["classifier_points"] for report in named.values())
-    figure, grid = _figure(9.0, 3.5 * len(rows), 2, len(rows))
+    figure, grid = new_figure(9.0, 3.5 * len(rows), 2, len(rows))
     for axes, strength in zip(grid, rows, strict=True):
         _row(axes, named, strength)
     return _save(figure, path)
@@ -46,11 +41,13 @@ def _row(pair: Any, named: Mapping[str, Report], strength: str) -> None:
     left, right = pair
     ticks: set[float] = set()
     least = 1.0
-    for (name, report), style in zip(named.items(), STYLES, strict=False):
+    for (name, report), style in zip(named.items(), itertools.cycle(STYLES), strict=False):
         points = report["points"]
         if strength == "classifier_scale":
             start = [{**point, strength: 0.0} for point in points if point["w"] == 0]
             points = [*start, *report["classifier_points"]]
+        if not points:
+            continue
         ticks.update(point[strength] for point in points)
         suffix = f", {name}" if name else ""
         for axes, kind, colour, label in (
@@ -90,7 +87,7 @@ def bits_by_t(report: dict[str, Any], path: str | PathLike[str]) -> Path:
 
     The suffix of path chooses the format. ValueError without matplotlib.
     """
-    figure, ((axes,),) = _figure(6.0, 3.5, 1)
+    figure, ((axes,),) = new_figure(6.0, 3.5, 1)
     for bound, colour in zip(report["bounds"], (BLUE, ORANGE, GREY), strict=False):
         label = f"{bound['variance']}: {bound['total']['mean']:.3f} in all"
         axes.plot(report["t"], bound["terms"], color=colour, marker=".", markersize=3, linewidth=1, label=label)
@@ -99,21 +96,6 @@ def bits_by_t(report: dict[str, Any], path: str | PathLike[str]) -> Path:
     axes.set_title("terms of the variational bound, bits per dimension", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     return _save(figure, path)
-
-
-def _figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Any, Any]:
-    """A figure of width x height hundreds of pixels that no display is needed for, and its axes (rows, columns)."""
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for each in axes.flat:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(alpha=0.25)
-    return figure, axes
 
 
 def _root(v: Any) -> Any:

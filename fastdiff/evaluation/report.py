@@ -85,14 +85,15 @@ def evaluate(
     scale_list = _checked_strengths("classifier_scales", classifier_scales, math.ulp(0.0)) if classifier_scales else []
     if bool(scale_list) != (classifier is not None):
         raise ValueError("classifier and classifier_scales must be given together, got only one")
+    if classifier is None and classifier_form is not None:
+        raise ValueError(f"classifier_form={classifier_form!r} needs a classifier, got None")
     options: dict[str, Any] = {
         **{"steps": steps, "solver": solver, "batch_size": batch_size, "device": device, "dtype": dtype}
     }
-    model = _with_variance(model, variance, solver)
-    sampler = Sampler(model, **options)
+    sampler = Sampler(_with_variance(model, variance, solver), **options)
     guided = None
     if classifier is not None:
-        guided = Sampler(model, classifier=classifier, classifier_form=classifier_form, **options)
+        guided = Sampler(sampler.model, classifier=classifier, classifier_form=classifier_form, **options)
     num_classes = sampler.model.num_classes
     if num_classes is None:
         raise ValueError("model must be class-conditional, got one with num_classes=None")
@@ -122,7 +123,10 @@ def evaluate(
     if solver == "ddpm":
         settings["variance"] = sampler.model.variance
     identity = {"kind": ROW_KIND, "format": ROW_FORMAT, "model_sha256": model_sha256, **settings}
-    of_classifier = {"classifier_sha256": classifier_sha256, "classifier_form": classifier_form}
+    of_classifier = {
+        "classifier_sha256": classifier_sha256,
+        "classifier_form": None if guided is None else guided.table.classifier_form,
+    }
     known = _known_rows(out, identity, of_classifier)
     labels = np.arange(images) % num_classes
     strengths = [*((w, 0.0) for w in w_list), *((0.0, scale) for scale in scale_list)]
@@ -160,6 +164,7 @@ def evaluate(
             "nfe": len(sampler.table),
             "weights": w_list,
             "seeds": seed_list,
+            **({} if guided is None else of_classifier),
         },
         "real": real_figures,
         "points": by_weight,
@@ -202,6 +207,7 @@ def table(report: Report) -> str:
         "",
         f"{settings['images']} images a point, {len(settings['seeds'])} seeds (mean ± standard deviation), "
         f"{settings['solver']} with steps={settings['steps']!r} ({settings['nfe']} evaluations), {settings['dtype']}, "
+        f"{_guide(settings)}"
         f"compared with {real['train_images']} training images; measured on {', '.join(environment['device'])} "
         f"at commit {', '.join(environment['commit'])}{' (with changes)' if 'True' in environment['dirty'] else ''}.",
         "",
@@ -259,6 +265,12 @@ def _known_rows(out: str | PathLike[str] | None, identity: Report, of_classifier
         if all(row.get(key) == value for key, value in needed.items()):
             known[row["w"], scale, row["seed"]] = row
     return known
+
+
+def _guide(settings: Report) -> str:
+    if "classifier_form" not in settings:
+        return ""
+    return f"classifier {(settings['classifier_sha256'] or 'unknown')[:12]} as {settings['classifier_form']}, "
 
 
 def _plus_minus(figure: Report) -> str:

@@ -222,7 +222,7 @@ class Stage(nn.ModuleList):
     def forward(self, h: Features, mods: Iterator[torch.Tensor], h2: Features | None = None) -> Features:
         for layer in self:
             args = (h, next(mods), h2) if isinstance(layer, ResBlock) else (h,)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 h = checkpoint(layer, *args, use_reentrant=False)
             else:
                 h = layer(*args)

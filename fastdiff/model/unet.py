@@ -53,6 +53,11 @@ class UNet(Trunk):
         self.out = nn.ModuleDict({"0": AdaGroupNorm(ch, config.groups), "2": conv_out})
         self._add_modulation()
 
+    @property
+    def extra_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """What forward and body take of each image besides x: nothing"""
+        return {}
+
     def embedding(self, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """silu(time embedding + label embedding), (B, 4 * channels): what the modulation is a product of
 

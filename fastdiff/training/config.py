@@ -86,7 +86,7 @@ class TrainConfig:
         object.__setattr__(self, "betas", self._pair(self.betas))
         if isinstance(self.ema_decay, tuple | list):
             object.__setattr__(self, "ema_decay", tuple(self.ema_decay))
-            if not self.ema_decay or len(set(self.ema_decays)) != len(self.ema_decays):
+            if not self.ema_decay or any(self.ema_decays.count(decay) > 1 for decay in self.ema_decays):
                 raise ValueError(f"ema_decay must be a number or several different ones, got {self.ema_decay}")
         for name, value, low, high, closed in (
             ("lr", self.lr, 0.0, math.inf, False),
@@ -102,6 +102,8 @@ class TrainConfig:
         ):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+            if isinstance(value, int) and abs(value) >= 2**1023:
+                raise ValueError(f"{name} must be a number of 64 bits, got {value}")
             open_above = name in ("ema_decay", "betas") or high == math.inf
             if not (low <= value <= high) or (value == low and not closed) or (value == high and open_above):
                 bounds = f"{'[' if closed else '('}{low:g}, {high:g}{')' if open_above else ']'}"

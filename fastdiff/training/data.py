@@ -46,6 +46,8 @@ class Dataset:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
+        if not isinstance(images, torch.Tensor) or not isinstance(labels, torch.Tensor):
+            raise TypeError(f"images and labels must be tensors, got {type(images).__name__}, {type(labels).__name__}")
         if images.dtype != torch.float32 or labels.dtype != torch.int64:
             raise TypeError(f"images must be float32 and labels int64, got {images.dtype} and {labels.dtype}")
         if images.ndim != 4 or images.numel() == 0:
@@ -59,6 +61,8 @@ class Dataset:
         if int(labels.min()) < 0 or int(labels.max()) >= classes:
             raise ValueError(f"labels must be in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
 
+        if not isinstance(self.extra, Mapping):
+            raise TypeError(f"extra must be a mapping of names to tensors, got {type(self.extra).__name__}")
         for name, tensor in self.extra.items():
             if not isinstance(tensor, torch.Tensor) or tensor.shape[:1] != images.shape[:1]:
                 got = getattr(tensor, "shape", type(tensor).__name__)

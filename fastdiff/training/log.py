@@ -15,7 +15,8 @@ __all__ = ["LOG_FILE", "RunLog", "cut_log", "read_log", "require_tensorboard"]
 
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-QUARTILES = 4
+QUARTERS = 4
+QUARTER_NAMES = tuple(f"loss_q{q + 1}" for q in range(QUARTERS))
 
 
 class RunLog:
@@ -23,36 +24,63 @@ class RunLog:
 
     A line: step, loss (mean of the steps since the line before), loss_q1 to loss_q4 (that of samples in each quarter of
     [0, T), q1 the least noise; null where there were none), the loss's parts, grad_norm, lr, skipped (all of the run),
-    images_per_s and seconds. Steps that were skipped are in no mean; null where there was no other.
+    images_per_s and seconds. Samples count by their weights, so that means are those of uniform times. Steps that were
+    skipped are in no mean; null where there was no other.
+
+    start: steps that the run has taken before; TensorBoard drops what it has of later ones.
     """
 
-    def __init__(self, folder: Path | None, num_train_timesteps: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path | None, num_train_timesteps: int, tensorboard: bool, start: int = 0) -> None:
         self.folder, self.T = folder, num_train_timesteps
-        self.steps: list[Step] = []
         self.writer: Any = None
         if folder is not None and tensorboard:
-            self.writer = require_tensorboard()(str(folder / TENSORBOARD_FOLDER))
+            self.writer = require_tensorboard()(str(folder / TENSORBOARD_FOLDER), purge_step=start + 1)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._last: Step | None = None
+        self._grad_norm: float | None = None
+        # of each name the weighted sum and what it is divided by
+        self._sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in ("loss", *QUARTER_NAMES)}
+
+    @property
+    def pending(self) -> bool:
+        """Whether steps were added since the last line."""
+        return self._last is not None
 
     def add(self, step: Step) -> None:
-        self.steps.append(step)
+        self._last = step
+        for name in step.parts:
+            self._sums.setdefault(name, [0.0, 0.0])
+        if step.skipped:
+            return
+        self._grad_norm = step.grad_norm
+        weights = step.weights.double()
+        quarter = step.t * QUARTERS // self.T
+        for q, name in enumerate(QUARTER_NAMES):
+            inside = weights * (quarter == q)
+            self._add(name, inside @ step.losses.double(), inside.sum())
+        for name, values in step.parts.items():
+            self._add(name, weights @ values.double(), len(weights))
+        self._add("loss", step.loss, 1)
+
+    def _add(self, name: str, total: torch.Tensor | float, divisor: torch.Tensor | float) -> None:
+        self._sums[name][0] += float(total)
+        self._sums[name][1] += float(divisor)
 
     def write(self, at: int, skipped: int, images_per_s: float, seconds: float) -> dict[str, Any]:
-        """Writes a line of the steps since the last, and returns it."""
-        steps, last = [step for step in self.steps if not step.skipped], self.steps[-1]
-        quartile = _cat([step.t for step in steps]) * QUARTILES // self.T
-        losses = _cat([step.losses for step in steps])
+        """Writes a line of the steps since the last, of which there must be one, and returns it."""
+        assert self._last is not None
         line = {
             "step": at,
-            "loss": sum(step.loss for step in steps) / len(steps) if steps else None,
-            **{f"loss_q{q + 1}": _mean(losses[quartile == q]) for q in range(QUARTILES)},
-            **{name: _mean(_cat([step.parts[name] for step in steps])) for name in last.parts},
-            "grad_norm": steps[-1].grad_norm if steps else None,
-            "lr": last.lr,
+            **{name: total / divisor if divisor else None for name, (total, divisor) in self._sums.items()},
+            "grad_norm": self._grad_norm,
+            "lr": self._last.lr,
             "skipped": skipped,
             "images_per_s": round(images_per_s, 1),
             "seconds": round(seconds, 3),
         }
-        self.steps = []
+        self._clear()
         if self.folder is not None:
             with open(self.folder / LOG_FILE, "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -66,14 +94,6 @@ class RunLog:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-
-
-def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(tensors) if tensors else torch.empty(0)
-
-
-def _mean(values: torch.Tensor) -> float | None:
-    return float(values.double().mean()) if len(values) else None
 
 
 def require_tensorboard() -> Any:
@@ -90,7 +110,7 @@ def require_tensorboard() -> Any:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a log, whatever a kill has left behind them; none where there is no file."""
     lines = []
-    for text in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
             line = json.loads(text)
             if text.endswith("\n") and isinstance(line["step"], int):

@@ -39,6 +39,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     callback: Callback | None = None,
+    storage_dtype: torch.dtype | None = None,
 ) -> M:
     """Trains model.network in place, on the device of its parameters, and returns a model with the averaged weights.
 
@@ -47,6 +48,7 @@ def train(
         state.safetensors (what resume needs), each replaced whole at every config.save_every steps and at the end, and
         for log.jsonl, a line every config.log_every steps; None writes nothing.
     resume: go on from out's state, bit for bit on a CPU; every argument must be what it was.
+    storage_dtype: of the weights in the checkpoints (float16 halves them); None stores them as they are, float32.
     callback(step, averaged model): every config.sample_every steps and at the end; the model is valid during the call.
 
     A step whose loss or gradient is not finite updates nothing and is counted. torch's default generator is seeded
@@ -65,7 +67,7 @@ def train(
     elif folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG_FILE).write_text("")
-    log = RunLog(folder, model.schedule.num_train_timesteps, config.tensorboard)
+    log = RunLog(folder, model.schedule.num_train_timesteps, config.tensorboard, run.step)
     sample_every = config.save_every if config.sample_every is None else config.sample_every
 
     def due(every: int) -> bool:
@@ -88,13 +90,17 @@ def train(
             if folder is not None and due(config.save_every):
                 run.save(folder / STATE_FILE)
                 for which, decay in enumerate(config.ema_decays):
-                    name = f"{MODEL_FOLDER}-{decay:g}" if which else MODEL_FOLDER
-                    checkpoint.save(run.averaged(which), folder / name, overwrite=True)
+                    name = f"{MODEL_FOLDER}-{decay!r}" if which else MODEL_FOLDER
+                    checkpoint.save(run.averaged(which), folder / name, overwrite=True, storage_dtype=storage_dtype)
             if callback is not None and due(sample_every):
                 callback(run.step, run.averaged())
             paused = time.perf_counter() - paused
             began, since = began + paused, since + paused
             bar.update()
+    except TrainingError:
+        if log.pending:
+            log.write(run.step, run.skipped, 0.0, run.seconds)
+        raise
     finally:
         bar.close()
         log.close()
@@ -117,6 +123,8 @@ def _check(model: DiffusionModel | Classifier, data: Dataset, config: TrainConfi
             raise ValueError(f"p_uncond must be 0 for a model with null_label=None, got {config.p_uncond}")
         if model.null_model is not None:
             raise ValueError("model must have null_model=None: each network is trained by itself")
+    if not any(p.requires_grad for p in model.network.parameters()):
+        raise ValueError("model.network must have parameters that require a gradient, got none")
     dtypes = {p.dtype for p in model.network.parameters()}
     if dtypes != {torch.float32}:
         raise ValueError(f"model.network must have float32 parameters, got {sorted(map(str, dtypes))}; use .float()")

@@ -88,7 +88,7 @@ class DiffusionLoss(_Noising):
             )
         if self.name == "simple" and learned:
             raise ValueError("loss='simple' trains no variance, the model's is 'learned_range'; use 'hybrid' or 'vlb'")
-        self.channels = model.image_shape[0]
+        self.channels, self.learned = model.image_shape[0], learned
         self.T, self.vlb_weight = model.schedule.num_train_timesteps, config.vlb_weight
         self.bound = None
         if self.name != "simple":
@@ -113,6 +113,9 @@ class DiffusionLoss(_Noising):
         self, output: torch.Tensor, x0: torch.Tensor, x: torch.Tensor, target: torch.Tensor, t: torch.Tensor
     ) -> Terms:
         """Of the network's output (B, C or 2C, H, W) for x, the x_t of x0 at t."""
+        shapes = [(len(x), channels, *x.shape[2:]) for channels in (self.channels, 2 * self.channels)]
+        if tuple(output.shape) not in shapes[self.learned :]:
+            raise ValueError(f"network(x, t, y) must return {shapes[self.learned :]}, got {tuple(output.shape)}")
         output = output.float()
         mean = output[:, : self.channels]
         mse = (mean - target).square().flatten(1).mean(1)
@@ -131,6 +134,7 @@ class ClassifierLoss(_Noising):
 
     def __init__(self, model: Classifier, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(model.schedule, "x0", device)
+        self.num_classes = model.num_classes
         if config.loss is not None or config.min_snr_gamma is not None:
             raise ValueError("loss and min_snr_gamma must be None for a classifier: it is trained by cross entropy")
 
@@ -138,6 +142,10 @@ class ClassifierLoss(_Noising):
         assert batch.y is not None
         x, _ = self.noised(batch.x0, batch.keys, batch.t)
         logits = network(x, batch.t.float()).float()
+        if tuple(logits.shape) != (len(x), self.num_classes):
+            raise ValueError(
+                f"network(x, t) must return logits of shape {(len(x), self.num_classes)}, got {tuple(logits.shape)}"
+            )
         right = (logits.argmax(1) == batch.y).float()
         loss = F.cross_entropy(logits, batch.y, reduction="none")
         return Terms(loss, {"accuracy": right})

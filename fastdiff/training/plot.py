@@ -7,30 +7,33 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastdiff.training.log import LOG_FILE, QUARTILES, read_log
+from fastdiff.canvas import new_figure
+from fastdiff.training.log import LOG_FILE, QUARTER_NAMES, read_log
 
 __all__ = ["plot_loss"]
 
 BLUES = ("#b5cfe8", "#7fadd8", "#3f81bf", "#14477d")
 
 
-def plot_loss(runs: Sequence[str | PathLike[str]], path: str | PathLike[str]) -> Path:
+def plot_loss(runs: str | PathLike[str] | Sequence[str | PathLike[str]], path: str | PathLike[str]) -> Path:
     """Draw loss over step of each run's log, and of one run its quarters of t, too; 800x450 pixels, log scale.
 
-    runs: folders with a log.jsonl. The suffix of path chooses the format. ValueError names a folder without a line, and
-    says how to install matplotlib where it is missing.
+    runs: one folder with a log.jsonl, or several. The suffix of path chooses the format. ValueError names a folder
+    without a line, and says how to install matplotlib where it is missing.
     """
+    if isinstance(runs, str | PathLike):
+        runs = [runs]
     logs = {str(run): read_log(Path(run) / LOG_FILE) for run in runs}
     for run, lines in logs.items():
         if not lines:
             raise ValueError(f"run {run} has no line in its {LOG_FILE}; is it a folder of fastdiff train?")
-    figure, axes = _figure()
+    figure, ((axes,),) = new_figure(8.0, 4.5, 1)
     for run, lines in logs.items():
         _curve(axes, lines, "loss", label="loss" if len(logs) == 1 else Path(run).name, color=None, linewidth=1.8)
     if len(logs) == 1:
-        for q in range(QUARTILES):
+        for q, (name, colour) in enumerate(zip(QUARTER_NAMES, BLUES, strict=True)):
             words = f"t in quarter {q + 1}" + (" (least noise)" if q == 0 else "")
-            _curve(axes, lines, f"loss_q{q + 1}", label=words, color=BLUES[q], linewidth=1)
+            _curve(axes, lines, name, label=words, color=colour, linewidth=1)
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
@@ -43,17 +46,3 @@ def _curve(axes: Any, lines: list[dict[str, Any]], name: str, **style: Any) -> N
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **style)
-
-
-def _figure() -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib; install it with: pip install 'fastdiff[train]'") from None
-    figure = Figure(figsize=(8.0, 4.5), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes

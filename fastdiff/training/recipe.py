@@ -53,11 +53,15 @@ def read_recipe(path: str | PathLike[str], iterations: int | None = None) -> Rec
     data = recipe["data"]
     if not isinstance(data, str):
         raise TypeError(f"recipe {path}: data must be a string, got {data!r}")
+    try:
+        storage_dtype = resolve_dtype(recipe["storage_dtype"])
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"recipe {path}: storage_{error}") from None
     return Recipe(
         sections={key: recipe[key] for key in ("name", "network", *KINDS, "dtype") if key in recipe},
         data=str(path.parent / data) if data.endswith(".npz") else data,
         config=_config(recipe["training"], iterations, path),
-        storage_dtype=resolve_dtype(recipe["storage_dtype"]),
+        storage_dtype=storage_dtype,
     )
 
 
@@ -70,4 +74,7 @@ def _config(fields: Any, iterations: int | None, path: Path) -> TrainConfig:
         raise ValueError(
             f"recipe {path}: training must have iterations and may have {sorted(known)}, got unknown {unknown}"
         )
-    return TrainConfig(**given)
+    try:
+        return TrainConfig(**given)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"recipe {path}: training.{error}") from None

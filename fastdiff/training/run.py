@@ -37,8 +37,8 @@ __all__ = ["Model", "Run", "Step", "TrainingError"]
 Model = DiffusionModel | Classifier
 
 FORMAT = "fastdiff training state 2"
-# how a run is watched and where it keeps its activations, not what it computes
-FREE_FIELDS = ("log_every", "save_every", "sample_every", "tensorboard", "gradient_checkpointing")
+# how a run is watched, when it gives up and where it keeps its activations, not what it computes
+FREE_FIELDS = ("log_every", "save_every", "sample_every", "tensorboard", "max_skipped", "gradient_checkpointing")
 
 
 class TrainingError(RuntimeError):
@@ -48,13 +48,14 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True)
 class Step:
     """What one step did, on the CPU: its weighted mean loss, the gradient's norm before clipping, the learning rate,
-    whether it was skipped, and of each sample t (B,), its loss (B,) and the loss's parts (B,)"""
+    whether it was skipped, and of each sample t (B,), the weight of its loss (B,), the loss (B,) and its parts (B,)"""
 
     loss: float
     grad_norm: float
     lr: float
     skipped: bool
     t: torch.Tensor
+    weights: torch.Tensor
     losses: torch.Tensor
     parts: dict[str, torch.Tensor]
 
@@ -126,7 +127,9 @@ class Run:
         size = config.batch_size // config.accumulate
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        times, terms = [], []
+        # such as running statistics, which a step that is skipped must not spoil
+        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        times, shares, terms = [], [], []
         total = torch.zeros((), device=self.device)
         for start in range(step * config.batch_size, (step + 1) * config.batch_size, size):
             torch.manual_seed(int(sample_keys(config.seed, start, 1)[0]))  # dropout
@@ -137,17 +140,24 @@ class Run:
             loss.backward()
             total += loss.detach()
             times.append(batch.t)
+            shares.append(weights)
             terms.append(part.detach())
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.grad_clip)
         finite = bool(torch.isfinite(torch.stack([total, grad_norm])).all())
+        if not finite:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
         if not finite and self.skipped >= config.max_skipped:
             raise TrainingError(
                 f"step {step + 1}: loss {float(total)} and gradient norm {float(grad_norm)} must be finite, and "
                 f"{self.skipped} updates were skipped before (max_skipped={config.max_skipped}); what was saved last "
-                "is intact; try a lower lr, a longer warmup or precision='float32'"
+                "is intact; go on with a larger max_skipped, or start anew with a lower lr, a longer warmup or "
+                "precision='float32'"
             )
         lr = config.lr_at(step)
-        t, losses = torch.cat(times).cpu(), torch.cat([part.loss for part in terms]).cpu()
+        t, weights = torch.cat(times).cpu(), torch.cat(shares).cpu()
+        losses = torch.cat([part.loss for part in terms]).cpu()
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -158,7 +168,7 @@ class Run:
             self.updates += 1
         self.step += 1
         parts = {name: torch.cat([part.parts[name] for part in terms]).cpu() for name in terms[0].parts}
-        return Step(float(total), float(grad_norm), lr, not finite, t, losses, parts)
+        return Step(float(total), float(grad_norm), lr, not finite, t, weights, losses, parts)
 
     def _autocast_forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
@@ -211,6 +221,8 @@ class Run:
             for moment in ("exp_avg", "exp_avg_sq"):
                 # the parameter's own strides: the order of the optimiser's arithmetic follows the layout
                 yield f"{moment}.{name}", state.setdefault(moment, torch.zeros_like(parameter))
+            # a state without its step is no state to the optimiser
+            state.setdefault("step", torch.tensor(0.0, device=self.device))
         for name, tensor in self.timesteps.state():
             yield f"timesteps.{name}", tensor
 
@@ -254,8 +266,10 @@ class Run:
 
 def extra_of(model: Model, data: Dataset) -> dict[str, torch.Tensor]:
     """What the network takes of each image beside it: the data's own, or low_res as averages of the pixels."""
-    wanted: dict[str, tuple[int, ...]] = getattr(model.network, "extra_shapes", {})
+    wanted: dict[str, tuple[int, ...]] | None = getattr(model.network, "extra_shapes", None)
     found = dict(data.extra)
+    if wanted is None:
+        return found
     if "low_res" in wanted and "low_res" not in found:
         found["low_res"] = F.interpolate(data.images, wanted["low_res"][1:], mode="area")
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in found.items()}
