@@ -280,6 +280,18 @@ def test_a_classifier_runs_in_the_dtype_of_the_call_or_its_own() -> None:
     assert [x.dtype for x in function.x[::STEPS]] == [torch.float32, torch.bfloat16, torch.float64]
 
 
+def test_each_of_two_networks_has_a_dtype_of_its_own() -> None:
+    """A model that records bfloat16 converts no stranger's classifier; what a classifier records is heeded"""
+    model, judge, recorder = a_model(), Judge(torch.float32), Recorder(judging)
+    model.dtype = torch.bfloat16
+    Sampler(model, steps=STEPS, classifier=a_classifier(judge))([1, 2])
+    assert judge.dtypes == {torch.float32}
+    recording = a_classifier(recorder)
+    recording.dtype = torch.float32
+    Sampler(model, steps=STEPS, classifier=recording)([1, 2])
+    assert {x.dtype for x in recorder.x} == {torch.float32}
+
+
 def test_a_classifier_of_a_wider_dtype_sees_the_state_itself() -> None:
     class Narrow(torch.nn.Module):
         def __init__(self) -> None:

@@ -222,6 +222,17 @@ def test_what_a_network_tells_of_them_is_checked_before_any_work(monkeypatch, ca
     assert sampler(LABELS, seed=0, extra=LOW_RES).isfinite().all() and ran
 
 
+@pytest.mark.parametrize("name", ["x", "t", "y", "mod"])
+def test_arguments_of_every_network_are_not_extra(name: str) -> None:
+    with pytest.raises(ValueError, match=f"extra must not hold '{name}'"):
+        fastdiff.sample("digits", 3, steps=1, extra={name: torch.zeros(1, 3)})
+
+
+def test_the_unet_takes_none() -> None:
+    with pytest.raises(ValueError, match=r"extra must have nothing, as the network takes, got \['low_res'\]"):
+        fastdiff.sample("digits", 3, steps=1, extra={"low_res": torch.zeros(1, 1, 8, 8)})
+
+
 def test_a_network_that_takes_none_and_says_so() -> None:
     class Closed:
         extra_shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012

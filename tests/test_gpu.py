@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import fastdiff
-from fastdiff.model import UNet, UNetConfig
+from fastdiff.guidance import classifier_gradient
+from fastdiff.model import EncoderConfig, EncoderUNet, UNet, UNetConfig
 from fastdiff_kernels import STREAM_STEP, ada_group_norm, philox_normal, philox_uint32
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
@@ -31,6 +34,21 @@ def small_model() -> fastdiff.DiffusionModel:
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return fastdiff.DiffusionModel(network, "linear", num_classes=4, null_label=4, image_shape=(1, 8, 8))
+
+
+def adm_classifier(checkpointing: bool = False) -> fastdiff.Classifier:
+    """ADM's encoder, with the backward passes of our kernels"""
+    torch.manual_seed(1)
+    config = EncoderConfig(
+        **{"image_size": 8, "in_channels": 1, "out_channels": 4, "channels": 32, "channel_mult": (1, 2)},
+        **{"num_blocks": 1, "attention_resolutions": (4,), "head_channels": 16, "groups": 8},
+        gradient_checkpointing=checkpointing,
+    )
+    network = EncoderUNet(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return fastdiff.Classifier(network, "linear", 4, (1, 8, 8))
 
 
 def small_classifier() -> fastdiff.Classifier:
@@ -130,13 +148,17 @@ def test_replays_give_the_images_of_an_eager_run(call: str, dtype: str) -> None:
     assert sampler._graphing and all(step.graphs for step in sampler._steps.values())
 
 
+CLASSIFIERS = {"plain": small_classifier, "adm": adm_classifier, "checkpointed": lambda: adm_classifier(True)}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["score", "mean"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_gradient_is_captured_and_replayed(dtype: str, form: str) -> None:
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_gradient_is_captured_and_replayed(kind: str, dtype: str, form: str) -> None:
     """autograd inside of a capture; scales, labels and images are data of the graph"""
     options = {"steps": 10, "solver": "ddpm", "device": "cuda", "dtype": dtype, "guidance_interval": (0.1, 20.0)}
-    options |= {"classifier": small_classifier(), "classifier_form": form}
+    options |= {"classifier": CLASSIFIERS[kind](), "classifier_form": form}
     captured = fastdiff.Sampler(small_model(), **options, graph=True)
     eager = fastdiff.Sampler(small_model(), **options, graph=False)
     for scale in (1.0, [0.5, 0.0, 2.0]):
@@ -221,3 +243,21 @@ def test_threads_on_streams_of_their_own_are_served_in_turn() -> None:
         thread.join()
     for got, want in zip(results, expected, strict=True):
         assert got is not None and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_gradient_of_adms_classifier_is_that_of_float64(device: str) -> None:
+    """The image's gradient, through the kernels' backward passes where there is a GPU"""
+    classifier = adm_classifier()
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, labels, scale = torch.tensor([0.0, 300.0, 900.0]), torch.tensor([1, 3, 0]), torch.tensor([1.0, 2.0, 0.5])
+
+    def gradient(device: str, dtype: torch.dtype) -> torch.Tensor:
+        network = copy.deepcopy(classifier.network).to(device, dtype).eval()
+        given = (value.to(device) for value in (x.to(dtype), t, labels, scale.to(dtype)))
+        return classifier_gradient(network, *given, num_classes=4).cpu().double()
+
+    exact = gradient("cpu", torch.float64)
+    assert (gradient(device, torch.float32) - exact).abs().max() < (
+        1e-5 if device == "cpu" else 2e-3
+    ) * exact.abs().max()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from training_cases import TINY, assert_same, config, conv_model, small_data, st
 
 from fastdiff import Classifier, DiffusionModel, checkpoint
 from fastdiff.model.unet import UNet, UNetConfig
-from fastdiff.training import Run, TrainConfig, TrainingError, read_log, train
+from fastdiff.training import Run, Step, TrainConfig, TrainingError, read_log, train
+from fastdiff.training.log import RunLog
 from fastdiff.training.losses import Batch, draw, sample_keys
 from fastdiff.training.plot import plot_loss
-from fastdiff.training.timesteps import Uniform
+from fastdiff.training.timesteps import TIMESTEP_SAMPLERS, Uniform
 
 
 def assert_close(a: Any, b: Any, atol: float = 1e-6) -> None:
@@ -49,7 +52,8 @@ def test_importance_weighs_each_loss() -> None:
         run.timesteps.update(torch.arange(1000), 1.0 + torch.arange(1000) / 100)
     _, weights = run._batch(0, 8)
     step = run.advance()
-    assert weights.unique().numel() > 2
+    assert weights.unique().numel() > 2 and torch.equal(step.weights, weights)
+    assert torch.equal(run.timesteps.losses[step.t[-1], -1], step.losses[-1].double())
     assert step.loss == pytest.approx(float((weights * step.losses).mean()), rel=1e-5)
     assert step.loss != pytest.approx(float(step.losses.mean()), rel=1e-2)
 
@@ -78,6 +82,19 @@ def test_several_averages_are_those_of_single_runs(tmp_path: Path) -> None:
         assert_same(weights(loaded), weights(single))
         assert loaded.provenance["training"]["ema_decay"] == rate
     assert not torch.equal(weights(singles[1])["out.2.weight"], weights(singles[2])["out.2.weight"])
+
+
+def test_rates_that_nearly_agree_have_folders_of_their_own(tmp_path: Path) -> None:
+    rates = (0.9, 0.9999999, 0.99999999)
+    train(unet_model(), small_data(), config(iterations=1, ema_decay=rates), tmp_path, progress=False)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model", "model-0.9999999", "model-0.99999999"]
+
+
+def test_checkpoints_are_stored_as_asked(tmp_path: Path) -> None:
+    cfg = config(iterations=1, ema_decay=(0.9, 0.5))
+    train(unet_model(), small_data(), cfg, tmp_path, progress=False, storage_dtype=torch.float16)
+    for folder in ("model", "model-0.5"):
+        assert checkpoint.info(tmp_path / folder)["storage"] == ["float16"]
 
 
 def test_several_averages_resume_bit_for_bit(tmp_path: Path) -> None:
@@ -172,6 +189,79 @@ def test_a_run_with_skipped_steps_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same(*(load_file(tmp_path / name / "state.safetensors") for name in ("whole", "parts")))
 
 
+def test_a_first_step_that_is_skipped_can_be_saved_and_followed(tmp_path: Path) -> None:
+    cfg = config(iterations=3, save_every=1)
+    followed = train(poisoned({0})[0], small_data(), cfg, tmp_path / "whole", progress=False)
+    assert followed.provenance["training"]["skipped"] == 1
+    with pytest.raises(KeyboardInterrupt):
+        train(poisoned({0})[0], small_data(), cfg, tmp_path / "parts", progress=False, callback=stop_at(1))
+    train(unet_model(dropout=0.0), small_data(), cfg, tmp_path / "parts", resume=True, progress=False)
+    assert_same(*(load_file(tmp_path / name / "state.safetensors") for name in ("whole", "parts")))
+
+
+def test_a_run_that_was_stopped_goes_on_with_more_patience(tmp_path: Path) -> None:
+    cfg = config(iterations=6, save_every=2, log_every=0)
+    with pytest.raises(TrainingError, match=r"step 4.* go on with a larger max_skipped"):
+        train(poisoned({3})[0], small_data(), replace(cfg, max_skipped=0), tmp_path, progress=False)
+    # the log has what happened before
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [3]
+    calls = poisoned({1})[0]  # the first of the two that are left before the fourth
+    done = train(calls, small_data(), replace(cfg, max_skipped=1), tmp_path, resume=True, progress=False)
+    assert done.provenance["training"]["skipped"] == 1
+
+
+def test_running_statistics_are_not_spoiled_by_a_step_that_is_skipped() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(1), nn.Conv2d(1, 1, 3, padding=1)
+            self.spoil = False
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.norm(x * math.nan if self.spoil else x))
+
+    network = Normed()
+    run = Run(DiffusionModel(network, "cosine", image_shape=(1, 8, 8)), small_data(), config())
+    run.advance()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    network.spoil = True
+    assert run.advance().skipped
+    assert_same(before, dict(network.named_buffers()))
+    network.spoil = False
+    run.advance()
+    assert all(tensor.isfinite().all() for tensor in run.averaged().network.state_dict().values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 8, 8), (1, 8, 4)], ids=str)
+def test_a_network_of_another_output_is_refused(shape: tuple[int, ...]) -> None:
+    class Wrong(nn.Conv2d):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).mean() + torch.zeros(len(x), *shape)
+
+    model = DiffusionModel(Wrong(1, 1, 3), "cosine", image_shape=(1, 8, 8))
+    with pytest.raises(ValueError, match=r"network\(x, t, y\) must return \[\(8, 1, 8, 8\), \(8, 2, 8, 8\)\], got"):
+        train(model, small_data(), config(), None, progress=False)
+
+
+@pytest.mark.parametrize("logits", [9, 11])
+def test_a_classifier_of_other_classes_is_refused(logits: int) -> None:
+    class Net(nn.Linear):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flatten(1))
+
+    model = Classifier(Net(64, logits), "cosine", 10, (1, 8, 8))
+    with pytest.raises(ValueError, match=rf"must return logits of shape \(8, 10\), got \(8, {logits}\)"):
+        train(model, small_data(), config(), None, progress=False)
+
+
+def test_a_network_without_anything_to_train_is_refused() -> None:
+    model = unet_model()
+    assert isinstance(model.network, nn.Module)
+    model.network.requires_grad_(False)
+    with pytest.raises(ValueError, match="require a gradient"):
+        train(model, small_data(), config(), None, progress=False)
+
+
 # Other ways to the same step
 
 
@@ -245,6 +335,24 @@ def test_quarters_of_t_are_told_apart(tmp_path: Path) -> None:
     assert line["loss"] == pytest.approx(float(losses.mean()), rel=1e-5) == line["mse"]
 
 
+def test_figures_of_samples_drawn_by_importance_are_those_of_uniform_times() -> None:
+    """Frozen, T = 8: the means of a log over many steps agree, though one draws some times ten times as often"""
+    lines = {}
+    for name in ("uniform", "loss_second_moment"):
+        log = RunLog(None, 8, False)
+        sampler = TIMESTEP_SAMPLERS[name](8)
+        losses = 10.0 / (1 + torch.arange(8)) ** 2
+        for _ in range(10):
+            sampler.update(torch.arange(8), losses)
+        for start in range(0, 40_000, 4000):
+            t, weights = sampler.choose(draw(sample_keys(0, start, 4000), 0.0)[0])
+            parts = {"vlb": 3 * losses[t]}
+            log.add(Step(float((weights * losses[t]).mean()), 1.0, 1.0, False, t, weights, losses[t], parts))
+        lines[name] = log.write(1, 0, 1.0, 1.0)
+    for name in ("loss", "vlb", "loss_q1", "loss_q2", "loss_q3", "loss_q4"):
+        assert lines["uniform"][name] == pytest.approx(lines["loss_second_moment"][name], rel=0.03), name
+
+
 @pytest.mark.parametrize(
     ("every", "expected"), [({}, [3, 6, 7]), ({"sample_every": 2}, [2, 4, 6, 7]), ({"sample_every": 0}, [7])]
 )
@@ -266,6 +374,21 @@ def test_tensorboard_has_the_lines_of_the_log(tmp_path: Path) -> None:
     for name in ("loss", "lr", "images_per_s"):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert found == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+
+
+def test_tensorboard_has_no_step_twice_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = config(tensorboard=True, log_every=1)
+    model, _ = poisoned({4})
+    with pytest.raises(TrainingError):
+        train(model, small_data(), replace(cfg, max_skipped=0), tmp_path, progress=False)
+    time.sleep(1.1)  # events of one second have no order
+    train(unet_model(dropout=0.0), small_data(), cfg, tmp_path, resume=True, progress=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_tensorboard_that_is_missing_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,7 +243,8 @@ def _draw_and_measure(sampler: Sampler, real: Real, labels: np.ndarray, point: P
     images = sampler(labels.tolist(), w, seed=sampler_seed, **strength).cpu()
     seconds = time.perf_counter() - started
     if not torch.isfinite(images).all():
-        raise FloatingPointError(f"the model drew images that are not finite at w = {w:g}, {scale = :g}, seed {seed}")
+        at = f", classifier_scale = {scale:g}" if scale else ""
+        raise FloatingPointError(f"the model drew images that are not finite at w = {w:g}{at}, seed {seed}")
     return {
         **real.measure(images, labels),
         "sampler_seed": sampler_seed,

@@ -73,12 +73,13 @@ def test_a_killed_training_command_leaves_a_whole_model_and_goes_on() -> None:
         ({"training": {"iterations": 3, "momentum": 0.9}}, "unknown ['momentum']"),
         ({"training": {}}, "training must have iterations"),
         ({"training": 3}, "unknown ['training']"),
-        ({"training": {"iterations": 0}}, "iterations must be at least 1"),
+        ({"training": {"iterations": 0}}, "recipe.json: training.iterations must be at least 1"),
+        ({"training": {"iterations": 1, "ema_decay": [[1]]}}, "recipe.json: training.ema_decay"),
         ({"data": "mnist"}, "data must be"),
         ({"data": 7}, "data must be a string"),
         ({"data": "b.npz"}, "b.npz"),
         ({"dtype": "int8"}, "dtype must be one of"),
-        ({"storage_dtype": "int8"}, "dtype must be one of"),
+        ({"storage_dtype": "int8"}, "recipe.json: storage_dtype must be one of"),
         ({"network": {"type": "mlp"}}, "mlp"),
         ({"extra": 1}, "'extra'"),
         ({"network": "left out"}, "must be an object with the keys"),
@@ -165,3 +166,35 @@ def test_plot_draws_the_losses_of_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["plot", "nowhere", "-o", "b.png"]) == 2
     assert "run nowhere has no line in its log.jsonl" in capsys.readouterr().err
     assert not Path("b.png").exists()
+
+
+@pytest.mark.parametrize("left", ["samples-2.png", "tensorboard", "log.jsonl", ".tmp-3-state"])
+def test_what_a_run_leaves_before_its_first_save_is_no_obstacle(left: str) -> None:
+    Path("run").mkdir()
+    (Path("run") / left).mkdir() if left == "tensorboard" else (Path("run") / left).write_text("")
+    assert cli.main(["train", "--recipe", str(recipe()), "--out", "run", "-q"]) == 0
+
+
+def test_further_averages_are_stored_as_the_first() -> None:
+    training = {"iterations": 2, "batch_size": 4, "ema_decay": [0.9, 0.5]}
+    assert cli.main(["train", "--recipe", str(recipe(training=training)), "--out", "run", "-q"]) == 0
+    assert [checkpoint.info(f"run/{name}")["storage"] for name in ("model", "model-0.5")] == [["float16"]] * 2
+
+
+def test_what_cannot_be_drawn_is_said_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    diffusion = json.loads(recipe().read_text())["diffusion"]
+    # no signal is left at the last time, where eps says nothing
+    diffusion["schedule"] = {"betas": [0.1, 0.5, 1.0]}
+    assert cli.main(["train", "--recipe", str(recipe(diffusion=diffusion)), "--out", "run", "-q"]) == 2
+    assert "alpha = 0" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_doctor_finds_an_upsampler_sound(capsys: pytest.CaptureFixture[str]) -> None:
+    network = json.loads(recipe().read_text())["network"]
+    network |= {"type": "super_resolution", "low_res_size": 8, "low_res_channels": 1}
+    model = checkpoint.fresh(read_recipe(recipe(network=network)).sections)
+    fastdiff.save(model, "up")
+    assert cli.main(["doctor", "up"]) == 0
+    assert cli.main(["evaluate", "up", "--likelihood", "--images", "2", "-q"]) == 2
+    assert "model must take images alone, its network takes ['low_res']" in capsys.readouterr().err
