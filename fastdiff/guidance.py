@@ -99,15 +99,15 @@ class GuidancePlan:
     """How a batch of N images is laid out: guided images first, so that null row j belongs to image j < M.
 
     order (N,) is the caller's index of each row, y (N,) int64 its label or None for an unconditional model, w (N,)
-    float64 its weight. classes (N,) int64 is what a classifier is asked for, scale (N,) float64 the factor of its
-    gradient; both None where no image has one.
+    float64 its weight. classes (N,) int64 is what a classifier is asked for, classifier_scale (N,) float64 the factor
+    of its gradient; both None where no image has one.
     """
 
     order: torch.Tensor
     y: torch.Tensor | None
     w: torch.Tensor
     classes: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
+    classifier_scale: torch.Tensor | None = None
 
     @property
     def N(self) -> int:
@@ -131,21 +131,22 @@ def plan_guidance(
     num_classes: int | None,
     null_label: int | None,
     has_null_model: bool = False,
-    scale: torch.Tensor | None = None,
+    classifier_scale: torch.Tensor | None = None,
 ) -> GuidancePlan:
     """The layout of n images from resolved labels, w and a classifier's scale, each 0-d or (n,).
 
     w = -1 becomes (null label, w = 0), one evaluation an image; its label remains the classifier's. Raises ValueError
     where w asks for a null label that the model lacks, or images are guided that have no label. has_null_model: another
-    network takes the null rows. scale: None without a classifier, which alone takes labels where num_classes is None.
+    network takes the null rows. classifier_scale: None without a classifier, which alone takes labels where num_classes
+    is None.
     """
     weights = w.expand(n).clone()
     unconditional = weights == -1
     classes = scales = None
-    if scale is not None and (scale != 0).any():
+    if classifier_scale is not None and (classifier_scale != 0).any():
         if labels is None:
             raise ValueError("labels must be given: they are what the classifier is asked for; or classifier_scale=0")
-        classes, scales = labels.expand(n), scale.expand(n)
+        classes, scales = labels.expand(n), classifier_scale.expand(n)
     if num_classes is None and labels is not None:
         labels = None
         if not has_null_model and (wrong := weights[(weights != 0) & ~unconditional]).numel():

@@ -227,7 +227,8 @@ def _stored(schedule: Schedule) -> dict[str, Any]:
 
 
 def _check_fit(model: Model, network: Any) -> None:
-    """Refuses a network whose channels, logits, labels or size are not the model's: it would fail only when it runs."""
+    """Refuses a network whose channels, logits or labels are not the model's, or an attention pool of another size: it
+    would fail only when it runs."""
     C, H, W = model.image_shape
     if isinstance(model, Classifier):
         channels, said = (C, model.num_classes), f"num_classes={model.num_classes}"

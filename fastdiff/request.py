@@ -57,7 +57,7 @@ class Request:
         order = torch.arange(size, device="cpu")
         plans = [batch.plan for batch in self.batches]
         labelled = any(plan.y is not None for plan in plans)
-        classified = any(plan.scale is not None for plan in plans)
+        classified = any(plan.classifier_scale is not None for plan in plans)
         plan = GuidancePlan(
             order,
             torch.zeros_like(order) if labelled else None,
@@ -122,7 +122,7 @@ def resolve_request(
             num_classes=model.num_classes,
             null_label=model.null_label,
             has_null_model=model.null_model is not None,
-            scale=None if classifier is None else scale if scale.ndim == 0 else scale[part],
+            classifier_scale=None if classifier is None else scale if scale.ndim == 0 else scale[part],
         )
         randomness = Randomness(
             seeds=seeds[part],

@@ -322,7 +322,7 @@ class Sampler:
             m,
             has_noise=request.has_noise and tabled.table.stochastic,
             wants_x0=request.wants_x0,
-            classified=batch.plan.scale is not None and bool(tabled.guided.any()),
+            classified=batch.plan.classifier_scale is not None and bool(tabled.guided.any()),
             extra=batch.extra,
             dtype=self._networks.dtype,
         )

@@ -206,7 +206,7 @@ class Step:
         self.t = new(doubled)
         self.extra: Extra = {name: new(doubled, *size, dtype=dtype) for name, size, dtype in shape.extra}
         self.classes = new(n, dtype=torch.int64) if shape.classified else None
-        self.scale = new(n) if shape.classified else None
+        self.classifier_scale = new(n) if shape.classified else None
         # of rows that are guided, and of those that are not
         self.graphs: dict[bool, GraphedStep] = {}
         # what was allocated here goes back to this stream
@@ -271,10 +271,10 @@ class Step:
             buffer[:] = ordered[:1]
             buffer[: plan.N].copy_(ordered)
             buffer[shape.n :].copy_(buffer[: len(buffer) - shape.n])
-        if self.classes is not None and self.scale is not None:
-            assert plan.classes is not None and plan.scale is not None
+        if self.classes is not None and self.classifier_scale is not None:
+            assert plan.classes is not None and plan.classifier_scale is not None
             self.classes.zero_()[: plan.N].copy_(plan.classes)
-            self.scale.zero_()[: plan.N].copy_(plan.scale)
+            self.classifier_scale.zero_()[: plan.N].copy_(plan.classifier_scale)
         self.x_net[: shape.n].copy_(self.x)
         self.x_net[shape.n :].copy_(self.x[: len(self.x_net) - shape.n])
         for state in (self.x0, self.noise, self.hist, self.coefs, self.t, self.counter, self.draw):
@@ -310,13 +310,13 @@ class Step:
     def gradient(self) -> torch.Tensor:
         """The classifier's, (N, C, H, W), times each image's scale"""
         networks, n = self.networks, self.shape.n
-        assert networks.classifier is not None and self.classes is not None and self.scale is not None
+        assert networks.classifier is not None and self.classes is not None and self.classifier_scale is not None
         return classifier_gradient(
             networks.classifier,
             self.x,
             self.t[:n],
             self.classes,
-            self.scale,
+            self.classifier_scale,
             num_classes=networks.num_classes,
             dtype=networks.classifier_dtype,
         )
