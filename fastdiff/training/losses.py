@@ -57,9 +57,6 @@ class Terms:
     loss: torch.Tensor
     parts: Mapping[str, torch.Tensor]
 
-    def detach(self) -> Terms:
-        return Terms(self.loss.detach(), {name: value.detach() for name, value in self.parts.items()})
-
 
 class _Noising:
     """x_t and the target of one schedule and prediction; tables are float64, cast once to float32"""

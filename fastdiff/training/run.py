@@ -11,6 +11,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,40 +125,26 @@ class Run:
     def advance(self) -> Step:
         """The next step. TrainingError where more than config.max_skipped could not be taken; then nothing changed."""
         config, step = self.config, self.step
-        size = config.batch_size // config.accumulate
-        self.network.train()
-        self.optimizer.zero_grad(set_to_none=True)
         # such as running statistics, which a step that is skipped must not spoil
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        times, shares, terms = [], [], []
-        total = torch.zeros((), device=self.device)
-        for start in range(step * config.batch_size, (step + 1) * config.batch_size, size):
-            torch.manual_seed(int(sample_keys(config.seed, start, 1)[0]))  # dropout
-            batch, weights = self._batch(start, size)
-            # the network alone: autocast is no place for a loss
-            part = self.loss(self._autocast_forward, batch)
-            loss = (part.loss * weights).mean() / config.accumulate
-            loss.backward()
-            total += loss.detach()
-            times.append(batch.t)
-            shares.append(weights)
-            terms.append(part.detach())
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.grad_clip)
-        finite = bool(torch.isfinite(torch.stack([total, grad_norm])).all())
+        names, rows = self._backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.grad_clip)
+        # the device is read once a step
+        first, *values = torch.cat((norm[None], rows.flatten())).cpu().split((1, *[config.batch_size] * len(rows)))
+        grad_norm, (t, weights, losses), parts = float(first), values[:3], dict(zip(names, values[3:], strict=True))
+        t, loss = t.long(), float((weights * losses).mean())
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if not finite:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
         if not finite and self.skipped >= config.max_skipped:
             raise TrainingError(
-                f"step {step + 1}: loss {float(total)} and gradient norm {float(grad_norm)} must be finite, and "
-                f"{self.skipped} updates were skipped before (max_skipped={config.max_skipped}); what was saved last "
-                "is intact; go on with a larger max_skipped, or start anew with a lower lr, a longer warmup or "
-                "precision='float32'"
+                f"step {step + 1}: loss {loss} and gradient norm {grad_norm} must be finite, and {self.skipped} "
+                f"updates were skipped before (max_skipped={config.max_skipped}); what was saved last is intact; go on "
+                "with a larger max_skipped, or start anew with a lower lr, a longer warmup or precision='float32'"
             )
         lr = config.lr_at(step)
-        t, weights = torch.cat(times).cpu(), torch.cat(shares).cpu()
-        losses = torch.cat([part.loss for part in terms]).cpu()
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -167,8 +154,26 @@ class Run:
             self.timesteps.update(t, losses)
             self.updates += 1
         self.step += 1
-        parts = {name: torch.cat([part.parts[name] for part in terms]).cpu() for name in terms[0].parts}
-        return Step(float(total), float(grad_norm), lr, not finite, t, weights, losses, parts)
+        return Step(loss, grad_norm, lr, not finite, t, weights, losses, parts)
+
+    def _backward(self) -> tuple[list[str], torch.Tensor]:
+        """The gradient of the step's loss, and of each sample t, its weight, its loss and the parts of these names:
+        float32 (3 + parts, batch_size) on the device"""
+        config = self.config
+        size = config.batch_size // config.accumulate
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        names: list[str] = []
+        columns = []
+        for start in range(self.step * config.batch_size, (self.step + 1) * config.batch_size, size):
+            torch.manual_seed(int(sample_keys(config.seed, start, 1)[0]))  # dropout
+            batch, weights = self._batch(start, size)
+            # the network alone: autocast is no place for a loss
+            terms = self.loss(self._autocast_forward, batch)
+            ((terms.loss * weights).mean() / config.accumulate).backward()
+            names = list(terms.parts)
+            columns.append(torch.stack([batch.t.float(), weights, terms.loss, *terms.parts.values()]).detach())
+        return names, torch.cat(columns, 1)
 
     def _autocast_forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
