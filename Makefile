@@ -34,11 +34,13 @@ check: setup
 aot: setup
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.aot $(foreach op,$(OP),--op $(op)) $(if $(WRITE),--write)
 
-# the bundled model again: trains it, or goes on where a run stopped, then measures the criteria of its card
+# the bundled model again: trains it, or goes on where a run stopped, then measures the criteria of its card;
+# RECIPE=fastdiff/assets/digits/recipe-learned-variance.json RUN=runs/learned the same with a learned variance
+RECIPE ?= fastdiff/assets/digits/recipe.json
+RUN ?= runs/digits
 digits: setup
-	$(BIN)/fastdiff train --recipe fastdiff/assets/digits/recipe.json --out runs/digits \
-		$(if $(wildcard runs/digits/state.safetensors),--resume)
-	$(MAKE) evaluate MODEL=runs/digits/model WEIGHTS='0 1.5 4'
+	$(BIN)/fastdiff train --recipe $(RECIPE) --out $(RUN) $(if $(wildcard $(RUN)/state.safetensors),--resume)
+	$(MAKE) evaluate MODEL=$(RUN)/model WEIGHTS='0 1.5 4'
 
 MODEL ?= digits
 WEIGHTS ?= 0 0.1 0.3 0.5 1 1.5 2 4
