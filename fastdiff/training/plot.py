@@ -12,6 +12,7 @@ from fastdiff.training.log import LOG_FILE, QUARTER_NAMES, read_log
 
 __all__ = ["plot_loss"]
 
+ORANGE = "#c8551b"
 BLUES = ("#b5cfe8", "#7fadd8", "#3f81bf", "#14477d")
 
 
@@ -29,7 +30,10 @@ def plot_loss(runs: str | PathLike[str] | Sequence[str | PathLike[str]], path: s
             raise ValueError(f"run {run} has no line in its {LOG_FILE}; is it a folder of fastdiff train?")
     figure, ((axes,),) = new_figure(8.0, 4.5, 1)
     for run, lines in logs.items():
-        _curve(axes, lines, "loss", label="loss" if len(logs) == 1 else Path(run).name, color=None, linewidth=1.8)
+        one = len(logs) == 1
+        _curve(
+            axes, lines, "loss", label="loss" if one else Path(run).name, color=ORANGE if one else None, linewidth=1.8
+        )
     if len(logs) == 1:
         for q, (name, colour) in enumerate(zip(QUARTER_NAMES, BLUES, strict=True)):
             words = f"t in quarter {q + 1}" + (" (least noise)" if q == 0 else "")
