@@ -63,7 +63,7 @@ class Train:
                 _sample_grid(averaged, folder / f"samples-{step}.png", recipe.config.seed, extra)
 
         try:
-            trained = training.train(
+            training.train(
                 model,
                 data,
                 recipe.config,
@@ -75,10 +75,9 @@ class Train:
             )
         except training.TrainingError as error:
             raise FloatingPointError(str(error)) from error
-        to = "sample" if isinstance(trained, fastdiff.DiffusionModel) else "sample --classifier"
-        print(
-            folder / "model" if self.quiet else f"model   {folder / 'model'}\nsample  fastdiff {to} {folder / 'model'}"
-        )
+        to = f"--classifier {folder / 'model'}" if draw is None else f"{folder / 'model'}"
+        needs = " --low-res FILE.npz" if extra else ""
+        print(folder / "model" if self.quiet else f"model   {folder / 'model'}\nsample  fastdiff sample {to}{needs}")
         return 0
 
 

@@ -29,12 +29,10 @@ def plot_loss(runs: str | PathLike[str] | Sequence[str | PathLike[str]], path: s
         if not lines:
             raise ValueError(f"run {run} has no line in its {LOG_FILE}; is it a folder of fastdiff train?")
     figure, ((axes,),) = new_figure(8.0, 4.5, 1)
+    alone = {"label": "loss", "color": ORANGE} if len(logs) == 1 else {}
     for run, lines in logs.items():
-        one = len(logs) == 1
-        _curve(
-            axes, lines, "loss", label="loss" if one else Path(run).name, color=ORANGE if one else None, linewidth=1.8
-        )
-    if len(logs) == 1:
+        _curve(axes, lines, "loss", **{"label": Path(run).name, "linewidth": 1.8, **alone})
+    if alone:
         for q, (name, colour) in enumerate(zip(QUARTER_NAMES, BLUES, strict=True)):
             words = f"t in quarter {q + 1}" + (" (least noise)" if q == 0 else "")
             _curve(axes, lines, name, label=words, color=colour, linewidth=1)

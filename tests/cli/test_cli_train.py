@@ -145,10 +145,11 @@ def test_train_makes_a_classifier_that_sample_takes(capsys: pytest.CaptureFixtur
     assert images.read_metadata("samples.png")["classifier"] == "small"
 
 
-def test_train_makes_an_upsampler_whose_grids_enlarge_the_data() -> None:
+def test_train_makes_an_upsampler_whose_grids_enlarge_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     network = json.loads(recipe().read_text())["network"]
     network |= {"type": "super_resolution", "low_res_size": 8, "low_res_channels": 1}
-    assert cli.main(["train", "--recipe", str(recipe(network=network)), "--out", "run", "-q"]) == 0
+    assert cli.main(["train", "--recipe", str(recipe(network=network)), "--out", "run"]) == 0
+    assert capsys.readouterr().out.endswith("fastdiff sample run/model --low-res FILE.npz\n")
     assert Image.open("run/samples-3.png").width > 100
     model = fastdiff.load("run/model")
     assert model.network.extra_shapes == {"low_res": (1, 8, 8)}
