@@ -26,8 +26,8 @@ def tradeoff(reports: Report | Mapping[str, Report], path: str | PathLike[str]) 
 
     reports: one, or several of the same data by the names of their samplers. The first row is over w; a second, where a
     classifier guided, over its scale, which begins with the same point. Error bars are one standard deviation over
-    seeds; dashed lines are the judge's accuracy on real images and the distance between two real halves. The suffix of
-    path chooses the format. ValueError without matplotlib.
+    seeds; dotted and dashed lines are what real images score, among them the distances of the held-out ones from the
+    training images and between two halves of all. The suffix of path chooses the format. ValueError without matplotlib.
     """
     named: Mapping[str, Any] = {"": reports} if "points" in reports else reports
     rows = ["w"] + ["classifier_scale"] * any(report["classifier_points"] for report in named.values())
@@ -66,6 +66,8 @@ def _row(pair: Any, named: Mapping[str, Report], strength: str) -> None:
     left.set_title("fidelity and diversity", fontsize=10)
     sizes, floor = real["frechet_halves"]["sizes"], real["frechet_halves"]["mean"]
     right.axhline(floor, color=GREY, linestyle="--", linewidth=1, label=f"real halves ({sizes[0]} and {sizes[1]})")
+    label = f"held-out images ({real['heldout_images']})"
+    right.axhline(real["frechet_heldout"], color=GREY, linestyle=":", linewidth=1, label=label)
     right.set_ylim(bottom=0)
     right.set_title("Fréchet distance (8x8 pooled pixels)", fontsize=10)
     for axes in pair:
