@@ -18,10 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastdiff import checkpoint
+from fastdiff import checkpoint, images
+from fastdiff.canvas import require_matplotlib
 from fastdiff.evaluation import bits_per_dimension, evaluate, plot, table
 from fastdiff.evaluation.results import append_row, device_name, git_state, read_rows, results_file
 from fastdiff.noise import image_seeds
+from fastdiff.placement import resolve_device
 from fastdiff.training import digits
 from fastdiff_kernels import philox_normal
 
@@ -61,6 +63,10 @@ def tradeoff(given: argparse.Namespace) -> None:
         "classifier_scales": SCALES,
         "classifier_sha256": checkpoint.info(classifier)["sha256"],
     }
+    if given.plot is not None:
+        # what cannot be drawn should be known before hours of sampling
+        require_matplotlib()
+        images.check_out(given.plot, force=True)
     reports = {}
     for name, sampler in SAMPLERS.items():
         if given.only in (None, name):
@@ -72,7 +78,11 @@ def tradeoff(given: argparse.Namespace) -> None:
 
 def variances(given: argparse.Namespace) -> None:
     """2102.09672's point: few steps need a learned variance, and so does the likelihood, which is always in float32"""
-    model, options = checkpoint.load(given.model), _real() | _options(given)
+    # where a sampler of the name would run
+    model = checkpoint.load(given.model, device=resolve_device(None))
+    if model.variance != "learned_range":
+        raise SystemExit(f"--model must have a learned variance, and that of {given.model} is {model.variance!r}")
+    options = _real() | _options(given)
     pixels, labels = options["real_heldout"]
     print("| sampler | variance | accuracy | spread / real | Fréchet distance | bits / dimension |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -144,7 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.digits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("figures", choices=("tradeoff", "variances", "classifier"))
-    parser.add_argument("--model", default="digits", help="a bundled name or a checkpoint's folder (digits)")
+    help_model = "a bundled name or a checkpoint's folder (digits); variances: one that learned its variance"
+    parser.add_argument("--model", default="digits", help=help_model)
     parser.add_argument("--classifier", default="digits", help="a bundled name or a checkpoint's folder (digits)")
     parser.add_argument("--only", choices=list(SAMPLERS), help="tradeoff: one of the samplers")
     parser.add_argument("--images", type=int, default=300, help="at each point and seed (300, as many as held out)")

@@ -22,7 +22,8 @@ class Classifier:
     schedule: a Schedule, or its name for T = 1000: that of the diffusion models it is to guide.
     num_classes: labels are in [0, num_classes).
     image_shape: (C, H, W).
-    dtype: the recorded compute dtype, or None.
+    dtype: the recorded compute dtype, in which the network gets x; None: what suits the device for a network of
+        fastdiff, that of its parameters for another module, and the diffusion model's for a function.
     name, provenance: free text and JSON-able facts, kept by checkpoints and shown by `fastdiff info`.
 
     Raises ValueError or TypeError naming the argument.

@@ -227,8 +227,8 @@ def _stored(schedule: Schedule) -> dict[str, Any]:
 
 
 def _check_fit(model: Model, network: Any) -> None:
-    """Refuses a network whose channels, logits or labels are not the model's, or an attention pool of another size: it
-    would fail only when it runs."""
+    """Refuses a network whose channels, logits, labels or levels do not fit the model, or an attention pool of another
+    size: it would fail only when it runs."""
     C, H, W = model.image_shape
     if isinstance(model, Classifier):
         channels, said = (C, model.num_classes), f"num_classes={model.num_classes}"
@@ -238,6 +238,12 @@ def _check_fit(model: Model, network: Any) -> None:
         raise ValueError(
             f"image_shape={model.image_shape} and {said} need in_channels={channels[0]} and "
             f"out_channels={channels[1]} of the network, got {network.in_channels} and {network.out_channels}"
+        )
+    factor = 2 ** (len(network.channel_mult) - 1)
+    if H % factor or W % factor:
+        raise ValueError(
+            f"image_shape={model.image_shape} must have sides that are multiples of {factor}, which the network's "
+            f"{len(network.channel_mult)} levels halve"
         )
     if isinstance(model, Classifier):
         if network.pool == "attention" and {H, W} != {network.image_size}:

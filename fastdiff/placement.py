@@ -73,10 +73,11 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def preferred_dtype(model: DiffusionModel | Classifier, device: torch.device) -> torch.dtype | None:
-    """The recorded dtype; for a network of our protocol what suits the hardware; None for others, which stay."""
+    """The recorded dtype; for a network of fastdiff or of its protocol what suits the hardware; None for others, which
+    stay."""
     if model.dtype is not None:
         return model.dtype
-    if is_conditioned_apart(model.network):
+    if is_conditioned_apart(model.network) or getattr(model.network, "any_dtype", False):
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
     return None

@@ -155,7 +155,7 @@ class Sampler:
         clip_x0: bool | None = None,
         classifier_form: str | None = None,
     ) -> None:
-        """Another table from the next call on, the arguments as Sampler's; graphs that serve it are kept.
+        """Another table from the next call on, all of the arguments as Sampler's; graphs that serve it are kept.
 
         They serve every table of as many rows (up to 64, 128, 256, ...) that likewise has or lacks noise, history and
         a learned variance.

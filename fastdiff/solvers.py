@@ -164,6 +164,10 @@ class StepTable:
             )
         if form == "score" and self.learned and (rows & (self.c_out != 0)).any():
             raise ValueError("classifier_form='score' needs c_out = 0 where the variance is learned; use 'mean'")
+        if rows.any() and not (rows & ((k_grad != 0) | (c_grad != 0))).any():
+            raise ValueError(
+                f"classifier_form={form!r} would move no row that is guided: none of them adds noise; use 'score'"
+            )
         return replace(
             self,
             classifier_form=form,

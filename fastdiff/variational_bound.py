@@ -119,8 +119,8 @@ class VariationalBound:
     def terms(self, x0: Tensor, x_t: Tensor, output: Tensor, index: Tensor) -> Tensor:
         """The bound's term of each image at its index, in bits per dimension, (B,).
 
-        At index 0 x0 must hold 8-bit pixels, u / 127.5 - 1. The whole bound is `prior` plus the sum over all indices;
-        an index drawn uniformly estimates that sum by len(bound) times its term.
+        At index 0 the pixels are those of x0 rounded to 8 bits. The whole bound is `prior` plus the sum over all
+        indices; an index drawn uniformly estimates that sum by len(bound) times its term.
         """
         if x0.shape != x_t.shape:
             raise ValueError(f"x0 must have the shape of x_t, {tuple(x_t.shape)}, got {tuple(x0.shape)}")
@@ -131,7 +131,8 @@ class VariationalBound:
         # at index 0 a KL that nobody asks for may be infinite, and not selected it would still make the gradient NaN
         finite = torch.where(first, log_beta_tilde, log_variance)
         kl = normal_kl(posterior_mean, log_beta_tilde, mean, finite)
-        log_likelihood = discretized_gaussian_log_likelihood(x0, mean, log_variance)
+        pixels = torch.floor(x0 * 127.5 + 128) / 127.5 - 1
+        log_likelihood = discretized_gaussian_log_likelihood(pixels, mean, log_variance)
         return torch.where(first, -log_likelihood, kl).flatten(1).mean(1) / math.log(2)
 
     def prior(self, x0: Tensor) -> Tensor:

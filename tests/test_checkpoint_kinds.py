@@ -314,8 +314,12 @@ def test_an_upsamplers_config_that_is_not_exactly_right_is_refused(fault: str, t
         ),
         (lambda: judge(provenance={"loss": math.nan}), "provenance"),
         (lambda: DiffusionModel(upsampler(), "linear", image_shape=(3, 8, 8)), "in_channels=3"),
+        (
+            lambda: Classifier(encoder(pool="adaptive", channel_mult=(1, 2)), "cosine", image_shape=(1, 8, 9)),
+            r"sides that are multiples of 2, which the network's 2 levels halve",
+        ),
     ],
-    ids=["classes", "channels", "size", "nan", "upsampler"],
+    ids=["classes", "channels", "size", "nan", "upsampler", "odd"],
 )
 def test_what_load_would_refuse_is_not_saved(
     model: Callable[[], DiffusionModel | Classifier], word: str, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -17,6 +18,8 @@ from sampling_cases import SHAPE, STEPS, a_classifier, a_model
 import fastdiff
 from fastdiff import Classifier, Sampler
 from fastdiff.guidance import classifier_gradient
+from fastdiff.model import EncoderConfig, EncoderUNet
+from fastdiff.placement import preferred_dtype
 from fastdiff.solvers import ddim, ddpm
 
 BETAS = paper.linear_betas(1000)
@@ -86,9 +89,12 @@ def test_the_score_form_is_algorithm_2(eps, eta, prediction, clip, w, interval) 
     assert_images(images, literal(algorithm_2, x_T, noise, W[w], interval=INTERVALS[interval], **options))
 
 
+SOLVERS = ["fixed_small", "fixed_large", "learned_range", "ddim", "ddim eps network"]
+
+
 @pytest.mark.parametrize("w", W)
-@pytest.mark.parametrize("steps", [1, 2, 50])
-@pytest.mark.parametrize("solver", ["fixed_small", "fixed_large", "learned_range", "ddim", "ddim eps network"])
+# the small variance of one row is 0, so that no gradient would move it
+@pytest.mark.parametrize(("solver", "steps"), [*itertools.product(SOLVERS, [1, 2, 50])][1:])
 def test_float32_errs_by_its_conditioning_alone(solver, steps, w) -> None:
     """One row, too, whose clipped variance is beta"""
     x_T, noise = randomness(steps, len(LABELS))
@@ -125,6 +131,21 @@ def test_the_form_of_a_solver_where_nobody_says() -> None:
             assert not torch.equal(images, Sampler(a_model(), **options, classifier_form=other)(**call))
     partial = Sampler(a_model(), solver=functools.partial(ddpm, variance="fixed_large"), classifier=a_classifier())
     assert partial.table.classifier_form == "mean"
+
+
+def test_a_form_that_would_move_nothing_is_refused() -> None:
+    """DDPM's last row with the small variance adds no noise: its variance times the gradient is 0"""
+    options = {"solver": "ddpm", "classifier": a_classifier()}
+    with pytest.raises(ValueError, match=r"'mean' would move no row that is guided.* use 'score'"):
+        Sampler(a_model(), steps=1, **options)
+    with pytest.raises(ValueError, match="'mean' would move no row that is guided"):
+        Sampler(a_model(), steps=STEPS, **options, guidance_interval=(0.0, 0.02))
+    x_T = randomness(1, 2)[0]
+    moved, still = (
+        Sampler(a_model(), steps=1, **options, classifier_form="score")([1, 2], x_T=x_T, classifier_scale=scale)
+        for scale in (1.0, 0.0)
+    )
+    assert not torch.equal(moved, still)
 
 
 def test_ddpm_is_ddim_with_eta_1_in_either_form() -> None:
@@ -290,6 +311,20 @@ def test_each_of_two_networks_has_a_dtype_of_its_own() -> None:
     recording.dtype = torch.float32
     Sampler(model, steps=STEPS, classifier=recording)([1, 2])
     assert {x.dtype for x in recorder.x} == {torch.float32}
+
+
+def test_the_encoder_runs_in_what_suits_the_device_not_in_how_it_was_stored() -> None:
+    config = EncoderConfig(
+        **{"image_size": 8, "in_channels": 1, "out_channels": 10, "channels": 8, "channel_mult": (1,), "groups": 4},
+        **{"num_blocks": 1, "attention_resolutions": (), "head_channels": 8, "pool": "adaptive"},
+    )
+    classifier = Classifier(EncoderUNet(config).half(), "linear", 10, (1, 8, 8))
+    for amx, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+            assert preferred_dtype(classifier, torch.device("cpu")) == dtype
+    classifier.dtype = torch.float16
+    assert preferred_dtype(classifier, torch.device("cpu")) == torch.float16
 
 
 def test_a_classifier_of_a_wider_dtype_sees_the_state_itself() -> None:

@@ -71,6 +71,18 @@ def test_the_variances_share_one_network(tmp_path: Path, model: str, capsys: pyt
     assert len({row["frechet"] for row in found}) == len(found) == 2 * 7
 
 
+def test_variances_of_a_model_without_a_learned_one_are_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--model must have a learned variance, and that of digits is 'fixed_small'"):
+        figures.main(["variances", *FEW, "--out", str(tmp_path / "rows")])
+    assert not (tmp_path / "rows").exists()
+
+
+def test_a_picture_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        figures.main(["tradeoff", *FEW, "--out", str(tmp_path / "rows"), "--plot", str(tmp_path / "nowhere" / "a.png")])
+    assert not (tmp_path / "rows").exists()
+
+
 def test_the_classifier_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["classifier", "--out", str(tmp_path / "rows")]
     figures.main(arguments)

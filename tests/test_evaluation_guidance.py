@@ -9,7 +9,7 @@ from evaluation_cases import HELDOUT, SCHEDULE, SHAPE, SMALL, TRAIN, WORLD, K, d
 from PIL import Image
 
 from fastdiff import Classifier, Sampler
-from fastdiff.evaluation import evaluate, plot, table
+from fastdiff.evaluation import evaluate, plot, report, table
 from fastdiff.evaluation.real import Real
 
 
@@ -55,6 +55,8 @@ def test_points_of_a_classifier_are_its_samplers_and_not_those_of_another(tmp_pa
         (dict(classifier=Classifier(sure, SCHEDULE, K, SHAPE)), "given together"),
         (dict(classifier_scales=(1.0,)), "given together"),
         (dict(classifier_form="mean"), "classifier_form='mean' needs a classifier"),
+        (dict(classifier=Classifier(sure, SCHEDULE, K, SHAPE), classifier_scales=(1.0, 1e39)), "finite numbers"),
+        (dict(weights=(0.0, 1e39)), "finite numbers"),
         (dict(classifier=Classifier(sure, SCHEDULE, K, SHAPE), classifier_scales=(0.0,)), "above 0"),
         (dict(variance="fixed_large"), "variance must be"),
         (dict(variance="learned_range", solver="ddpm"), "needs a model that learned one"),
@@ -72,6 +74,37 @@ def test_another_variance_is_that_of_the_sampler_and_has_rows_of_its_own(tmp_pat
         found[variance] = evaluate(diffusion(WORLD.denoise), TRAIN, HELDOUT, **options)
     assert found[None]["environment"]["points_sampled"] == 0  # the model's own is fixed_small
     assert found[None]["points"] == found["fixed_small"]["points"] != found["fixed_large"]["points"]
+
+
+def test_scales_may_be_an_array():
+    judge = Classifier(sure, SCHEDULE, K, SHAPE)
+    options = GUIDED | {"classifier_scales": np.array([2.0, 9.0]), "weights": np.array([0.0]), "classifier": judge}
+    points = evaluate(diffusion(WORLD.denoise), TRAIN, HELDOUT, **options)["classifier_points"]
+    assert [point["classifier_scale"] for point in points] == [2.0, 9.0]
+
+
+def test_a_named_model_of_another_variance_is_where_a_sampler_would_load_it(monkeypatch):
+    wanted = []
+
+    def load(name, *, device):
+        wanted.append((name, device))
+        return diffusion(WORLD.denoise)
+
+    monkeypatch.setattr(report, "load", load)
+    monkeypatch.setattr(report, "resolve_device", lambda device: torch.device("cpu") if device is None else device)
+    options = SMALL | {"weights": (0.0,), "solver": "ddpm", "variance": "fixed_large"}
+    evaluate("a name", TRAIN, HELDOUT, **options)
+    evaluate("a name", TRAIN, HELDOUT, **options, device="cpu")
+    assert wanted == [("a name", torch.device("cpu")), ("a name", "cpu")]
+
+
+def test_a_network_that_takes_more_than_images_is_refused():
+    def enlarging(x, t, y, low_res):
+        raise AssertionError
+
+    enlarging.extra_shapes = {"low_res": (1, 4, 4)}
+    with pytest.raises(ValueError, match=r"must take images alone, its network takes \['low_res'\]"):
+        evaluate(diffusion(enlarging), TRAIN, HELDOUT, **SMALL)
 
 
 def test_a_picture_of_several_samplers_of_which_one_has_no_classifier(tmp_path):

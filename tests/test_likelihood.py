@@ -177,6 +177,16 @@ def test_the_network_runs_in_the_dtype_without_gradient_or_dropout(dtype, times)
         assert mine["total"]["mean"] == pytest.approx(exact["total"]["mean"], rel=rel)
 
 
+def test_likelihood_is_measured_in_float32_unless_told_otherwise():
+    network = Watching()
+    model = a_model(network)
+    model.dtype = torch.bfloat16
+    for parameters, dtype in ((torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.float64, "float64")):
+        network.to(parameters)
+        report = bits_per_dimension(model, IMAGES, LABELS, **OPTIONS | {"dtype": None})
+        assert report["settings"]["dtype"] == dtype
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_device_s_bound_is_that_of_float64(device):
     options = OPTIONS | {"dtype": torch.float32, "device": device}

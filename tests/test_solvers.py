@@ -346,11 +346,24 @@ def test_the_mean_form_is_the_variance_of_the_step(name, rows):
     assert not guided.k_grad.any()
 
 
-@pytest.mark.parametrize(("variance", "expected"), [("fixed_small", 0), ("fixed_large", None), ("learned_range", 1)])
+@pytest.mark.parametrize(("variance", "expected"), [("fixed_large", None), ("learned_range", 1)])
 def test_the_mean_form_of_a_single_row(variance, expected):
     """Whose clipped variance is beta"""
     table = ddpm(Schedule.named("linear"), 1, variance=variance).with_classifier("mean", np.ones(1, dtype=bool))
     np.testing.assert_allclose(table.c_grad, [1 - table.alpha[0] ** 2 if expected is None else expected], rtol=1e-12)
+
+
+def test_the_mean_form_of_rows_without_a_variance_is_refused():
+    """The small one of a last row is 0; beside others it is the paper's own"""
+    last = ddpm(Schedule.named("linear"), 1)
+    with pytest.raises(ValueError, match="'mean' would move no row that is guided"):
+        last.with_classifier("mean", np.ones(1, dtype=bool))
+    assert not last.with_classifier("mean", np.zeros(1, dtype=bool)).c_grad.any()
+    assert last.with_classifier("score", np.ones(1, dtype=bool)).k_grad.all()
+    table = ddpm(Schedule.named("linear"), 2)
+    with pytest.raises(ValueError, match="'mean' would move no row that is guided"):
+        table.with_classifier("mean", np.array([False, True]))
+    assert (table.with_classifier("mean", np.ones(2, dtype=bool)).c_grad != 0).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

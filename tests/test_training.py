@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,18 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_finished_run_resumes_to_its_result(state: Path) -> None:
     again = train(unet_model(), small_data(), config(log_every=1), state, resume=True, progress=False)
     assert_same(weights(again), weights(checkpoint.load(state / "model")))
+
+
+def test_a_finished_model_is_not_overwritten_and_a_file_is_no_folder(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "finished").mkdir()
+    shutil.copytree(state / "model", tmp_path / "finished" / "model")
+    with pytest.raises(ValueError, match="model exists, of a run without its state; give another folder"):
+        train(unet_model(), small_data(), config(), tmp_path / "finished", progress=False)
+    assert [path.name for path in (tmp_path / "finished").iterdir()] == ["model"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"out must be a folder, and .*file is a file"):
+        train(unet_model(), small_data(), config(), tmp_path / "file", progress=False)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_existing_run_is_not_overwritten(state: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -88,6 +89,12 @@ def test_rates_that_nearly_agree_have_folders_of_their_own(tmp_path: Path) -> No
     rates = (0.9, 0.9999999, 0.99999999)
     train(unet_model(), small_data(), config(iterations=1, ema_decay=rates), tmp_path, progress=False)
     assert sorted(path.name for path in tmp_path.glob("model*")) == ["model", "model-0.9999999", "model-0.99999999"]
+
+
+def test_rates_of_numpy_are_numbers(tmp_path: Path) -> None:
+    rates = tuple(np.linspace(0.5, 0.75, 2))
+    train(unet_model(), small_data(), config(ema_decay=rates), tmp_path, progress=False)
+    assert {path.name for path in tmp_path.glob("model*")} == {"model", "model-0.75"}
 
 
 def test_checkpoints_are_stored_as_asked(tmp_path: Path) -> None:
@@ -169,6 +176,7 @@ def test_too_many_skipped_steps_stop_the_run_with_the_last_checkpoint_intact(tmp
     with pytest.raises(TrainingError, match=r"step 8: .*3 updates were skipped before \(max_skipped=3\)"):
         train(model, small_data(), cfg, tmp_path, progress=False, callback=remember)
     assert len(kept) == 2
+    assert read_log(tmp_path / "log.jsonl")[-1]["images_per_s"] is not None
     assert {str(path): path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == kept
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 2, 2, 3]
@@ -203,11 +211,66 @@ def test_a_run_that_was_stopped_goes_on_with_more_patience(tmp_path: Path) -> No
     cfg = config(iterations=6, save_every=2, log_every=0)
     with pytest.raises(TrainingError, match=r"step 4.* go on with a larger max_skipped"):
         train(poisoned({3})[0], small_data(), replace(cfg, max_skipped=0), tmp_path, progress=False)
-    # the log has what happened before
-    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [3]
+    # the log has what happened before, in a time that nobody measured
+    assert [(line["step"], line["images_per_s"]) for line in read_log(tmp_path / "log.jsonl")] == [(3, None)]
     calls = poisoned({1})[0]  # the first of the two that are left before the fourth
     done = train(calls, small_data(), replace(cfg, max_skipped=1), tmp_path, resume=True, progress=False)
     assert done.provenance["training"]["skipped"] == 1
+
+
+def test_weights_that_an_update_broke_are_not_saved(tmp_path: Path) -> None:
+    kept: dict[str, bytes] = {}
+
+    def remember(step: int, averaged: DiffusionModel) -> None:
+        kept.update({str(path): path.read_bytes() for path in tmp_path.rglob("*.safetensors")})
+
+    def rate_at(self: TrainConfig, step: int) -> float:
+        return 1e-4 if step < 2 else 1e39
+
+    cfg = config(save_every=2, iterations=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainConfig, "lr_at", rate_at)
+        with pytest.raises(TrainingError, match=r"step 4: raw\..* must be finite .* saved last is intact"):
+            train(unet_model(), small_data(), cfg, tmp_path, progress=False, callback=remember)
+        with pytest.raises(TrainingError, match="must be finite"):
+            train(unet_model(), small_data(), cfg, None, progress=False, callback=remember)
+    assert len(kept) == 2
+    assert {str(path): path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == kept
+
+
+@pytest.mark.parametrize("fault", ["model", "model-0.5", "callback"])
+def test_what_a_kill_kept_a_finished_run_from_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    cfg, called = config(save_every=0, ema_decay=(0.9, 0.5)), []
+
+    def note(step: int, averaged: DiffusionModel) -> None:
+        if (tmp_path / "whole").exists() and not called and fault == "callback":
+            called.append("killed")
+            raise KeyboardInterrupt
+        called.append(step)
+
+    whole = train(unet_model(), small_data(), cfg, tmp_path / "parts", progress=False, callback=None)
+    (tmp_path / "parts").rename(tmp_path / "whole")
+
+    def killed(model: Any, folder: Path, **options: Any) -> Path:
+        if folder.name == fault:
+            raise KeyboardInterrupt
+        return save(model, folder, **options)
+
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(unet_model(), small_data(), cfg, tmp_path / "parts", progress=False, callback=note)
+    monkeypatch.setattr(checkpoint, "save", save)
+    called.clear()
+    called.extend(["killed"] if fault == "callback" else [])
+    done = train(unet_model(), small_data(), cfg, tmp_path / "parts", resume=True, progress=False, callback=note)
+    assert_same(weights(done), weights(whole))
+    assert called[-1:] == [6]
+    for name in ("model", "model-0.5"):
+        hashes = [checkpoint.info(tmp_path / run / name)["sha256"] for run in ("parts", "whole")]
+        assert hashes[0] == hashes[1]
 
 
 def test_running_statistics_are_not_spoiled_by_a_step_that_is_skipped() -> None:
@@ -417,6 +480,10 @@ def test_a_plot_of_one_run_and_of_two(tmp_path: Path) -> None:
     assert single.read_bytes() != both.read_bytes()
     with pytest.raises(ValueError, match=r"nowhere has no line in its log\.jsonl"):
         plot_loss([tmp_path / "nowhere"], tmp_path / "x.png")
+    for loss in ("null", "0.0"):
+        (tmp_path / "two" / "log.jsonl").write_text(f'{{"step": 1, "loss": {loss}}}\n')
+        with pytest.raises(ValueError, match=r"two has no loss above 0 in its log\.jsonl"):
+            plot_loss([tmp_path / "one", tmp_path / "two"], tmp_path / "x.png")
 
 
 # What a network may ask of its data

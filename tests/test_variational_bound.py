@@ -9,6 +9,7 @@ import torch
 from reference import schedule as paper
 from reference import variational_bound as literal
 
+from fastdiff.images import to_uint8
 from fastdiff.prediction import PREDICTIONS, named_prediction
 from fastdiff.schedule import Schedule
 from fastdiff.solvers import ddpm
@@ -107,6 +108,19 @@ def test_float32_errs_by_its_conditioning_alone(variance, prediction, schedule, 
     assert (np.abs(got.double().numpy() - expected) <= atol * np.maximum(1, expected)).all()
     prior = [literal.prior(image.numpy(), abars[-1]) for image in wide[0]]
     np.testing.assert_allclose(bound.prior(narrow[0]).double().numpy(), prior, rtol=1e-5)
+
+
+def test_the_first_term_is_about_the_pixels_to_which_x0_rounds():
+    bound = VariationalBound(Schedule.named("linear"), "eps", "fixed_small", clip_x0=False, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.rand(4, 1, 8, 8, generator=generator, dtype=torch.float64) * 2 - 1
+    x0[0, 0, 0, :4] = torch.tensor([-1.0, -0.998, 0.998, 1.0])
+    x_t, output = (torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    x_t = x0 + 0.01 * x_t
+    rounded = to_uint8(x0).movedim(-1, 1).double() / 127.5 - 1
+    first, last = torch.zeros(4, dtype=torch.int64), torch.full((4,), 999)
+    assert torch.equal(bound.terms(x0, x_t, output, first), bound.terms(rounded, x_t, output, first))
+    assert not torch.equal(bound.terms(x0, x_t, output, last), bound.terms(rounded, x_t, output, last))
 
 
 def test_a_pixel_s_256_masses_sum_to_1():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +12,12 @@ from tyro.conf import Positional, arg
 if TYPE_CHECKING:
     import torch
 
+    from fastdiff.training import Dataset
+
 __all__ = [
     *("DEFAULT_W", "Device", "Dtype", "ModelName", "Quiet"),
-    *("classifier_facts", "first_labels", "free_name", "low_res_images", "option", "parse_labels", "parse_steps"),
+    *("check_png", "classifier_facts", "first_labels", "free_name", "low_res_facts"),
+    *("low_res_images", "option", "parse_labels", "parse_steps"),
 ]
 
 DEFAULT_OUT = "samples.png"
@@ -68,6 +72,15 @@ def free_name(force: bool) -> str:
     return name
 
 
+def check_png(name: str, path: str, force: bool) -> None:
+    """ValueError where the argument of this name is no .png that can be written."""
+    from fastdiff import images
+
+    if not path.lower().endswith(".png"):
+        raise ValueError(f"{name} must end in .png, got {path}")
+    images.check_out(path, force)
+
+
 def classifier_facts(classifier: str | None, scale: float | None) -> dict[str, Any]:
     """What metadata tell of a classifier, its name or folder, and of its scale; empty without one.
 
@@ -87,19 +100,31 @@ def classifier_facts(classifier: str | None, scale: float | None) -> dict[str, A
     }
 
 
-def low_res_images(path: str | None, model: str, network: object, n: int) -> dict[str, torch.Tensor] | None:
-    """extra of a super-resolution network: n pictures of an .npz (arr_0, uint8 N H W C) in [-1, 1]; None without path.
+def low_res_images(
+    path: str | None, pictures: Dataset | None, model: str, network: object, n: int
+) -> dict[str, torch.Tensor] | None:
+    """extra of a super-resolution network for n images: the pictures at path; None where neither is there.
 
-    Raises ValueError for another number of pictures, and without path for a network that asks for them.
+    Raises ValueError for pictures of another number or size, and where only one of network and pictures is for
+    enlarging.
     """
-    from fastdiff.training.data import npz
-
-    if path is None:
-        shape = getattr(network, "extra_shapes", {}).get("low_res")
-        if shape is None:
-            return None
+    shape = getattr(network, "extra_shapes", {}).get("low_res")
+    if shape is None and pictures is None:
+        return None
+    if pictures is None:
         raise ValueError(f"model {model} enlarges pictures: give {n} of {shape[1]}x{shape[2]} by --low-res FILE.npz")
-    low_res = npz(path).images
-    if len(low_res) != n:
-        raise ValueError(f"--low-res {path} must hold {n} pictures, one an image drawn, got {len(low_res)}")
-    return {"low_res": low_res}
+    if shape is None:
+        raise ValueError(f"model {model} enlarges no pictures; leave --low-res out")
+    if len(pictures) != n:
+        raise ValueError(f"--low-res {path} must hold {n} pictures, one an image drawn, got {len(pictures)}")
+    if (got := tuple(pictures.images.shape[1:])) != shape:
+        raise ValueError(f"--low-res {path} must hold pictures (channels, height, width) of {shape}, got {got}")
+    return {"low_res": pictures.images}
+
+
+def low_res_facts(path: str | None) -> dict[str, str]:
+    """What metadata tell of the pictures that were enlarged; empty without any."""
+    if path is None:
+        return {}
+    with open(path, "rb") as file:
+        return {"low_res": path, "low_res_sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastdiff.cli.arguments import Device, Dtype, ModelName, Quiet, classifier_facts, option, parse_steps
+from fastdiff.cli.arguments import Device, Dtype, ModelName, Quiet, check_png, classifier_facts, option, parse_steps
 
 __all__ = ["Evaluate"]
 
@@ -47,7 +47,7 @@ class Evaluate:
     device: Device = None
     """cpu, cuda or cuda:N."""
     dtype: Dtype = None
-    """Compute dtype: float32, bfloat16, float16 or float64."""
+    """Compute dtype: float32, bfloat16, float16 or float64; with --likelihood float32 if left out."""
     out: Annotated[str | None, option("PATH", "nothing is kept", "-o")] = None
     """A .jsonl file, or a folder for one, to append results to; what it holds already is not measured again."""
     plot: Annotated[str | None, option("FILE", "no plot")] = None
@@ -59,14 +59,13 @@ class Evaluate:
 
     def run(self) -> int:
         """Measures, and prints the table."""
-        from fastdiff import checkpoint, evaluation, images
+        from fastdiff import checkpoint, evaluation
         from fastdiff.canvas import require_matplotlib
         from fastdiff.evaluation import plot
 
         if self.plot is not None:
             require_matplotlib()
-            if images.check_out(self.plot, self.force) != "png":
-                raise ValueError(f"--plot must end in .png, got {self.plot}")
+            check_png("--plot", self.plot, self.force)
         options: dict[str, Any] = {
             "batch_size": self.batch_size,
             "device": self.device,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
 import fastdiff
 from fastdiff.cli.arguments import (
@@ -17,14 +18,19 @@ from fastdiff.cli.arguments import (
     classifier_facts,
     first_labels,
     free_name,
+    low_res_facts,
     low_res_images,
     option,
     parse_labels,
     parse_steps,
 )
 
+if TYPE_CHECKING:
+    from fastdiff.training import Dataset
+
 __all__ = ["Sample"]
 
+IMAGES_PER_LABEL = 4
 MAX_IMAGES = 10**6
 
 
@@ -34,9 +40,9 @@ class Sample:
 
     model: ModelName = "digits"
     """A bundled model's name, or a checkpoint's folder."""
-    labels: Annotated[str | None, option("LABELS", "the model's first ten classes")] = None
+    labels: Annotated[str | None, option("LABELS", "those of --low-res, or the model's first ten classes")] = None
     """Classes: 0-9, 3,1,4 or 0-3,7; or none, for images without a class."""
-    images_per_label: Annotated[int, option("N", None, "-n")] = 4
+    images_per_label: Annotated[int | None, option("N", "4, or what --low-res holds", "-n")] = None
     """Images of each label; with --labels none, images in all."""
     w: Annotated[float | None, option("W", "1.5, or 0 where there is nothing to guide towards")] = None
     """Guidance weight: (1 + w) * eps_cond - w * eps_null; 0 guides nothing; guidance_scale elsewhere is 1 + w."""
@@ -49,7 +55,8 @@ class Sample:
     classifier_form: Annotated[str | None, option("FORM", "mean for ddpm, else score")] = None
     """mean moves a stochastic step by its variance times the gradient; score moves eps, in any solver."""
     low_res: Annotated[str | None, option("FILE", "only super-resolution needs one")] = None
-    """An .npz (arr_0, uint8 N H W C) of pictures for a super-resolution model, one an image drawn, in order."""
+    """An .npz (arr_0, uint8 N H W C) of pictures for a super-resolution model, one an image drawn, in order, with
+    their labels (arr_1), unless --labels says others."""
     steps: Annotated[str, option("STEPS")] = "50"
     """N, ddimN, 10,15,20 (sections), leading:N, linspace:N or trailing:N."""
     solver: Annotated[str, option("NAME")] = "ddim"
@@ -76,20 +83,25 @@ class Sample:
     def run(self) -> int:
         """Checks everything, the output first, then samples and writes."""
         from fastdiff import checkpoint, images
+        from fastdiff.training.data import npz
 
         out = self.out if self.out is not None else free_name(self.force)
         kind = images.check_out(out, self.force)
-        if self.images_per_label < 1:
+        if self.images_per_label is not None and self.images_per_label < 1:
             raise ValueError(f"--images-per-label must be at least 1, got {self.images_per_label}")
         rows = None if self.labels is None else parse_labels(self.labels)
         facts = checkpoint.info(self.model)
         if "diffusion" not in facts["config"]:
             raise ValueError(f"model {self.model}: is a classifier, which draws no images; give a diffusion model")
         diffusion = facts["config"]["diffusion"]
+        low_res = None if self.low_res is None else npz(self.low_res)
+        columns = IMAGES_PER_LABEL if self.images_per_label is None else self.images_per_label
         if self.labels is None:
             rows = first_labels(diffusion["num_classes"])
+            if low_res is not None and self.images_per_label is None:
+                rows, columns = _arranged(low_res, rows)
         guide = classifier_facts(self.classifier, self.classifier_scale)
-        columns, texts = self.images_per_label, ["none"] if rows is None else rows
+        texts = ["none"] if rows is None else rows
         channels, height, width = diffusion["image_shape"]
         if channels not in (1, 3):
             raise ValueError(f"model {self.model}: pictures have 1 or 3 channels, got {channels}; use fastdiff.sample")
@@ -118,7 +130,7 @@ class Sample:
             classifier_form=self.classifier_form,
             **options,
         )
-        extra = low_res_images(self.low_res, self.model, sampler.model.network, n)
+        extra = low_res_images(self.low_res, low_res, self.model, sampler.model.network, n)
         if not self.quiet:
             print(f"seed    {seed}\ndevice  {sampler.device}\ndtype   {_plain(sampler.dtype)}", flush=True)
         began = time.perf_counter()
@@ -142,7 +154,7 @@ class Sample:
             "w": w,
             **options,
             **(guide and guide | {"classifier_form": sampler.table.classifier_form}),
-            **({} if self.low_res is None else {"low_res": self.low_res}),
+            **low_res_facts(self.low_res),
             "dtype": _plain(sampler.dtype),
             "device": sampler.device.type,
             "fastdiff": fastdiff.__version__,
@@ -154,7 +166,9 @@ class Sample:
             images.save_npz(out, pixels, labels, metadata, force=self.force)
         else:
             single = [
-                metadata | {"seed": [s], "labels": None if labels is None else [labels[i]], "num_images": 1}
+                metadata
+                | {"seed": [s], "labels": None if labels is None else [labels[i]], "num_images": 1}
+                | ({} if low_res is None else {"low_res_row": i})
                 for i, s in enumerate(fastdiff.image_seeds(seed, n))
             ]
             images.save_folder(out, pixels, labels, single, force=self.force)
@@ -164,3 +178,19 @@ class Sample:
 
 def _plain(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _arranged(low_res: Dataset, rows: list[int] | None) -> tuple[list[int] | None, int]:
+    """Labels of the rows and their length for all of the pictures: runs of one label where these have one length.
+
+    rows: those without the pictures' labels, None for an unconditional model.
+    """
+    if rows is None:
+        return None, len(low_res)
+    if low_res.num_classes is None:
+        return rows, IMAGES_PER_LABEL
+    labels = low_res.labels.tolist()
+    runs = [(label, len(list(run))) for label, run in groupby(labels)]
+    if len({length for _, length in runs}) == 1:
+        return [label for label, _ in runs], runs[0][1]
+    return labels, 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 import fastdiff
-from fastdiff.cli.arguments import DEFAULT_W, Device, Quiet, first_labels, option
+from fastdiff.cli.arguments import DEFAULT_W, Device, Quiet, check_png, first_labels, option
 
 if TYPE_CHECKING:
+    import torch
+
     from fastdiff.diffusion_model import DiffusionModel
     from fastdiff.sampler import Sampler
+    from fastdiff.training import TrainConfig
 
 __all__ = ["Plot", "Train"]
 
@@ -27,10 +31,11 @@ class Train:
     """Train a model by a recipe, from nothing or from where a run stopped."""
 
     out: Annotated[str, option("FOLDER", None, "-o")]
-    """Takes model/ (a checkpoint), samples-<step>.png, log.jsonl and state.safetensors, which --resume needs."""
+    """Takes model/ (a checkpoint; model-<decay>/ for further averages), samples-<step>.png, log.jsonl and
+    state.safetensors, which --resume needs."""
     recipe: Annotated[str, option("FILE", "the bundled digits model's")] = str(RECIPE)
     """JSON: name, data (digits, or an .npz beside the recipe), network, diffusion or classifier, dtype, storage_dtype,
-    training."""
+    training (the fields of fastdiff.training.TrainConfig)."""
     resume: bool = False
     """Go on with the run in --out; the recipe must be what it was."""
     iterations: Annotated[int | None, option("N", "the recipe's")] = None
@@ -60,7 +65,7 @@ class Train:
             _grid_sampler(model)
 
             def draw(step: int, averaged: Any) -> None:
-                _sample_grid(averaged, folder / f"samples-{step}.png", recipe.config.seed, extra)
+                _sample_grid(averaged, folder / f"samples-{step}.png", recipe.config, data.labels, extra)
 
         try:
             training.train(
@@ -75,7 +80,8 @@ class Train:
             )
         except training.TrainingError as error:
             raise FloatingPointError(str(error)) from error
-        to = f"--classifier {folder / 'model'}" if draw is None else f"{folder / 'model'}"
+        result = shlex.quote(str(folder / "model"))
+        to = f"--classifier {result}" if draw is None else result
         needs = " --low-res FILE.npz" if extra else ""
         print(folder / "model" if self.quiet else f"model   {folder / 'model'}\nsample  fastdiff sample {to}{needs}")
         return 0
@@ -94,11 +100,9 @@ class Plot:
 
     def run(self) -> int:
         """Draws, and prints the name of what was written."""
-        from fastdiff import images
         from fastdiff.training.plot import plot_loss
 
-        if images.check_out(self.out, self.force) != "png":
-            raise ValueError(f"--out must end in .png, got {self.out}")
+        check_png("--out", self.out, self.force)
         if not self.runs:
             raise ValueError("RUN must name at least one folder of fastdiff train, got none")
         print(plot_loss(self.runs, self.out))
@@ -109,17 +113,36 @@ def _grid_sampler(model: DiffusionModel) -> Sampler:
     return fastdiff.Sampler(model, steps=min(20, model.schedule.num_train_timesteps))
 
 
-def _sample_grid(model: DiffusionModel, path: Path, seed: int, extra: dict[str, Any]) -> None:
-    """Two images of each of the first ten classes, the same noise at every call; extra: of the data's images."""
+def _sample_grid(
+    model: DiffusionModel, path: Path, config: TrainConfig, data_labels: torch.Tensor, extra: dict[str, Any]
+) -> None:
+    """Two images of each of the first ten classes, the same noise at every call; extra: of the data's images, whose
+    labels are data_labels."""
     from fastdiff import images
 
     rows = first_labels(model.num_classes)
     texts = ["none"] if rows is None else rows
     labels = None if rows is None else [label for label in rows for _ in range(2)]
-    w = 0.0 if model.null_label is None else DEFAULT_W
-    n = 2 * len(texts)
-    extra = {name: tensor[[i % len(tensor) for i in range(n)]] for name, tensor in extra.items()}
+    # a null label that training never showed guides nowhere
+    w = 0.0 if model.null_label is None or config.p_uncond == 0 else DEFAULT_W
+    n, seed = 2 * len(texts), config.seed
+    if extra:
+        chosen = _images_of(labels, data_labels, n)
+        extra = {name: tensor[chosen] for name, tensor in extra.items()}
     sampler = _grid_sampler(model)
     pixels = images.to_uint8(sampler(labels, w, num_images=n, seed=seed, extra=extra or None))
     metadata = {"model": model.name, "seed": seed, "labels": labels, "w": w, "steps": len(sampler.timesteps)}
     images.save_png(path, images.grid(pixels, len(texts), 2, texts), metadata, force=True)
+
+
+def _images_of(labels: list[int] | None, data_labels: torch.Tensor, n: int) -> list[int]:
+    """n indices into the data: of each label its images in turn, where it has none, or without labels, of any."""
+    counts: dict[int | None, int] = {}
+    chosen = []
+    for label in [None] * n if labels is None else labels:
+        found = [] if label is None else (data_labels == label).nonzero()[:, 0].tolist()
+        among = found or range(len(data_labels))
+        turn = counts.get(label, 0)
+        counts[label] = turn + 1
+        chosen.append(among[turn % len(among)])
+    return chosen

@@ -18,7 +18,7 @@ from fastdiff.diffusion_model import VARIANCES, DiffusionModel
 from fastdiff.evaluation.results import append_row, device_name, git_state, read_rows, results_file
 from fastdiff.guidance import Labels, resolve_labels
 from fastdiff.noise import image_seeds
-from fastdiff.placement import Placed, device_of, dtype_of, preferred_dtype, resolve_device, resolve_dtype
+from fastdiff.placement import Placed, device_of, dtype_of, resolve_device, resolve_dtype
 from fastdiff.prediction import named_prediction
 from fastdiff.schedule import Steps
 from fastdiff.variational_bound import VariationalBound
@@ -64,7 +64,9 @@ def bits_per_dimension(
     seed: of the noise. Each image draws one noise a level, from a seed of its own, whatever the batch.
     variances: of the reverse steps, any of "fixed_small", "fixed_large" and, of a model that has it, "learned_range",
         all from the same outputs of the network; None is all that the model has.
-    batch_size, device, dtype: as in `fastdiff.Sampler`. Terms are computed in float32, in float64 where dtype is.
+    batch_size, device: as in `fastdiff.Sampler`.
+    dtype: of the network; None is float32 on every device, as coarser numbers cost bits, or float64 where parameters
+        are. Terms are computed in float32, where dtype is float64 in that.
     model_sha256, commit, dirty, out: as in `evaluate`: rows appended, one a variance; those found with the same model,
         data and settings are not measured again.
 
@@ -229,13 +231,13 @@ def _mean_and_error(values: Array) -> dict[str, float]:
 def _placed(
     model: DiffusionModel, device: str | torch.device | None, dtype: str | torch.dtype | None
 ) -> tuple[Placed, torch.dtype]:
-    """Where the network runs and in which dtype, by the sampler's rules."""
+    """Where the network runs and in which dtype."""
     where = device_of(model) if device is None else resolve_device(device)
-    convert_to = resolve_dtype(dtype) or preferred_dtype(model, where)
-    network_dtype = convert_to or dtype_of(model)
+    wide = torch.promote_types(dtype_of(model), torch.float32)
+    network_dtype = resolve_dtype(dtype) or wide
     if network_dtype == torch.float64 and where.type != "cpu":
         raise ValueError(f"dtype=torch.float64 runs on the CPU only, got device {where}")
-    return Placed(where, convert_to), network_dtype
+    return Placed(where, network_dtype), network_dtype
 
 
 def _eight_bits(images: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:

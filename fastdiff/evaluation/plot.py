@@ -44,11 +44,13 @@ def _row(pair: Any, named: Mapping[str, Report], strength: str) -> None:
     for (name, report), style in zip(named.items(), itertools.cycle(STYLES), strict=False):
         points = report["points"]
         if strength == "classifier_scale":
+            if not report["classifier_points"]:
+                continue
             start = [{**point, strength: 0.0} for point in points if point["w"] == 0]
             points = [*start, *report["classifier_points"]]
-        if not points:
-            continue
         ticks.update(point[strength] for point in points)
+        if strength == "classifier_scale":
+            name = f"{name} ({report['settings']['classifier_form']})".strip()
         suffix = f", {name}" if name else ""
         for axes, kind, colour, label in (
             (left, "accuracy", BLUE, f"judge's accuracy{suffix}"),

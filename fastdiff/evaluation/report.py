@@ -22,6 +22,7 @@ from fastdiff.evaluation.criteria import criteria
 from fastdiff.evaluation.figures import mean_std
 from fastdiff.evaluation.real import Labelled, Real
 from fastdiff.evaluation.results import append_row, device_name, git_state, read_rows, results_file
+from fastdiff.placement import resolve_device
 from fastdiff.sampler import Model, Sampler
 
 __all__ = ["DEFAULT_SEEDS", "DEFAULT_WEIGHTS", "evaluate", "table"]
@@ -82,7 +83,8 @@ def evaluate(
     it. Raises ValueError or TypeError naming the argument, FloatingPointError where the model draws NaN.
     """
     w_list, seed_list = _checked_strengths("weights", weights, 0.0), _checked_seeds(seeds)
-    scale_list = _checked_strengths("classifier_scales", classifier_scales, math.ulp(0.0)) if classifier_scales else []
+    given = not isinstance(classifier_scales, Sequence) or len(classifier_scales) > 0
+    scale_list = _checked_strengths("classifier_scales", classifier_scales, math.ulp(0.0)) if given else []
     if bool(scale_list) != (classifier is not None):
         raise ValueError("classifier and classifier_scales must be given together, got only one")
     if classifier is None and classifier_form is not None:
@@ -90,7 +92,9 @@ def evaluate(
     options: dict[str, Any] = {
         **{"steps": steps, "solver": solver, "batch_size": batch_size, "device": device, "dtype": dtype}
     }
-    sampler = Sampler(_with_variance(model, variance, solver), **options)
+    sampler = Sampler(_with_variance(model, variance, solver, device), **options)
+    if shapes := getattr(sampler.model.network, "extra_shapes", {}):
+        raise ValueError(f"model must take images alone, its network takes {sorted(shapes)} of each, too")
     guided = None
     if classifier is not None:
         guided = Sampler(sampler.model, classifier=classifier, classifier_form=classifier_form, **options)
@@ -221,12 +225,13 @@ def table(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _with_variance(model: Model, variance: str | None, solver: str) -> Model:
+def _with_variance(model: Model, variance: str | None, solver: str, device: str | torch.device | None) -> Model:
     if variance is None:
         return model
     if variance not in VARIANCES or solver != "ddpm":
         raise ValueError(f"variance must be one of {list(VARIANCES)}, with solver='ddpm', got {variance!r}, {solver!r}")
-    model = copy.copy(model if isinstance(model, DiffusionModel) else load(model))
+    # a name's model goes where the sampler would load it
+    model = copy.copy(model if isinstance(model, DiffusionModel) else load(model, device=resolve_device(device)))
     if variance == "learned_range" != model.variance:
         raise ValueError(f"variance='learned_range' needs a model that learned one, got {model.variance!r}")
     model.variance = variance
@@ -287,7 +292,8 @@ def _checked_strengths(name: str, strengths: Sequence[float], least: float) -> l
         values = [float(value) for value in strengths]
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a sequence of numbers, got {strengths!r}") from None
-    if not values or len(set(values)) != len(values) or not all(math.isfinite(v) and v >= least for v in values):
+    most = float(np.finfo(np.float32).max)
+    if not values or len(set(values)) != len(values) or not all(least <= v <= most for v in values):
         bound = "above 0" if least else "of at least 0"
         raise ValueError(f"{name} must be different finite numbers {bound}, got {strengths!r}")
     return sorted(values)

@@ -148,6 +148,7 @@ class Trunk(nn.Module):
     Activations are channels_last and in the parameters' dtype; `.to(memory_format=torch.channels_last)` the module.
     """
 
+    any_dtype = True  # it may be converted: what needs float32 sums has them
     mod: nn.Linear
     mod_layout: tuple[tuple[str, int], ...]
 

@@ -35,8 +35,8 @@ class TrainConfig:
     grad_clip: largest norm of the gradient over all parameters.
     p_uncond: probability of the null label (classifier-free guidance, 2207.12598, algorithm 1); unconditional models
         and classifiers ignore it.
-    ema_decay: of the averaged weights; after n updates min(ema_decay, (1 + n) / (10 + n)). Several rates are averaged
-        side by side; the first is the model's.
+    ema_decay: of the averaged weights, which the first update copies; later, after n updates, min(ema_decay, (1 + n) /
+        (10 + n)). Several rates are averaged side by side; the first is the model's.
     max_skipped: a loss or gradient that is not finite skips the update and the averages; one more than so many stops
         the run.
     seed: in [0, 2^63); fixes the order of the data, times, dropped labels, noise and dropout.
@@ -85,7 +85,8 @@ class TrainConfig:
             raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
         object.__setattr__(self, "betas", self._pair(self.betas))
         if isinstance(self.ema_decay, tuple | list):
-            object.__setattr__(self, "ema_decay", tuple(self.ema_decay))
+            rates = (float(each) if isinstance(each, float) else each for each in self.ema_decay)  # NumPy's are floats
+            object.__setattr__(self, "ema_decay", tuple(rates))
             if not self.ema_decay or any(self.ema_decays.count(decay) > 1 for decay in self.ema_decays):
                 raise ValueError(f"ema_decay must be a number or several different ones, got {self.ema_decay}")
         for name, value, low, high, closed in (

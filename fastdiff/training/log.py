@@ -22,10 +22,10 @@ QUARTER_NAMES = tuple(f"loss_q{q + 1}" for q in range(QUARTERS))
 class RunLog:
     """Averages steps into lines of folder/log.jsonl; folder=None keeps nothing.
 
-    A line: step, loss (mean of the steps since the line before), loss_q1 to loss_q4 (that of samples in each quarter of
-    [0, T), q1 the least noise; null where there were none), the loss's parts, grad_norm, lr, skipped (all of the run),
-    images_per_s and seconds. Samples count by their weights, so that means are those of uniform times. Steps that were
-    skipped are in no mean; null where there was no other.
+    A line: step, loss (mean of the steps since the line before, or since a resume), loss_q1 to loss_q4 (that of samples
+    in each quarter of [0, T), q1 the least noise; null where there were none), the loss's parts, grad_norm, lr, skipped
+    (all of the run), images_per_s and seconds. Samples count by their weights, so that means are those of uniform
+    times. Steps that were skipped are in no mean; null where there was no other.
 
     start: steps that the run has taken before; TensorBoard drops what it has of later ones.
     """
@@ -68,7 +68,7 @@ class RunLog:
         self._sums[name][0] += float(total)
         self._sums[name][1] += float(divisor)
 
-    def write(self, at: int, skipped: int, images_per_s: float, seconds: float) -> dict[str, Any]:
+    def write(self, at: int, skipped: int, images_per_s: float | None, seconds: float) -> dict[str, Any]:
         """Writes a line of the steps since the last, of which there must be one, and returns it."""
         assert self._last is not None
         line = {
@@ -77,7 +77,7 @@ class RunLog:
             "grad_norm": self._grad_norm,
             "lr": self._last.lr,
             "skipped": skipped,
-            "images_per_s": round(images_per_s, 1),
+            "images_per_s": None if images_per_s is None else round(images_per_s, 1),
             "seconds": round(seconds, 3),
         }
         self._clear()

@@ -47,14 +47,15 @@ def train(
     out: folder for model/ (native checkpoint of the average; model-<decay>/ for further rates of averaging) and
         state.safetensors (what resume needs), each replaced whole at every config.save_every steps and at the end, and
         for log.jsonl, a line every config.log_every steps; None writes nothing.
-    resume: go on from out's state, bit for bit on a CPU; every argument must be what it was.
+    resume: go on from out's state, bit for bit on a CPU; all that steps depend on must be what it was. A finished run
+        writes its models again, which a kill may have kept it from.
     storage_dtype: of the weights in the checkpoints (float16 halves them); None stores them as they are, float32.
     callback(step, averaged model): every config.sample_every steps and at the end; the model is valid during the call.
 
     A step whose loss or gradient is not finite updates nothing and is counted. torch's default generator is seeded
     anew at every step (for dropout) and left so.
     Raises ValueError or TypeError before any work, TrainingError where more than config.max_skipped steps were not
-    finite: what was saved last stays, as it does after KeyboardInterrupt.
+    finite, or weights are not that are about to be saved: what was saved last stays, as after KeyboardInterrupt.
     """
     _check(model, data, config)
     if out is not None:
@@ -73,9 +74,23 @@ def train(
     def due(every: int) -> bool:
         return run.step == config.iterations or (every > 0 and run.step % every == 0)
 
+    def keep() -> None:
+        saved, called = folder is not None and due(config.save_every), callback is not None and due(sample_every)
+        if saved or called:
+            run.check_weights()
+        if saved and folder is not None:
+            run.save(folder / STATE_FILE)
+            for which, decay in enumerate(config.ema_decays):
+                name = f"{MODEL_FOLDER}-{decay!r}" if which else MODEL_FOLDER
+                checkpoint.save(run.averaged(which), folder / name, overwrite=True, storage_dtype=storage_dtype)
+        if called and callback is not None:
+            callback(run.step, run.averaged())
+
     began, since, logged = time.perf_counter() - run.seconds, time.perf_counter(), run.step
     bar = tqdm(total=config.iterations, initial=run.step, disable=not progress, unit="step", desc="train")
     try:
+        if run.step == config.iterations:
+            keep()
         while run.step < config.iterations:
             log.add(run.advance())
             run.seconds = time.perf_counter() - began
@@ -87,19 +102,13 @@ def train(
                 bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s{skipped}", refresh=False)
                 since, logged = time.perf_counter(), run.step
             paused = time.perf_counter()
-            if folder is not None and due(config.save_every):
-                run.save(folder / STATE_FILE)
-                for which, decay in enumerate(config.ema_decays):
-                    name = f"{MODEL_FOLDER}-{decay!r}" if which else MODEL_FOLDER
-                    checkpoint.save(run.averaged(which), folder / name, overwrite=True, storage_dtype=storage_dtype)
-            if callback is not None and due(sample_every):
-                callback(run.step, run.averaged())
+            keep()
             paused = time.perf_counter() - paused
             began, since = began + paused, since + paused
             bar.update()
     except TrainingError:
         if log.pending:
-            log.write(run.step, run.skipped, 0.0, run.seconds)
+            log.write(run.step, run.skipped, None, run.seconds)
         raise
     finally:
         bar.close()
@@ -139,9 +148,14 @@ def _check_folder(out: str | PathLike[str] | None, resume: bool) -> Path | None:
         if resume:
             raise ValueError("resume needs out, the folder of the run to go on with, got None")
         return None
-    state = Path(out) / STATE_FILE
+    folder = Path(out)
+    state = folder / STATE_FILE
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, and {folder} is a file; give another name")
     if resume and not state.is_file():
         raise ValueError(f"resume: there is no {state}; start without resume")
     if not resume and state.exists():
         raise ValueError(f"out: {state} exists; pass resume=True to go on with that run, or give another folder")
-    return Path(out)
+    if not resume and (model := folder / MODEL_FOLDER).exists():
+        raise ValueError(f"out: {model} exists, of a run without its state; give another folder")
+    return folder

@@ -20,7 +20,7 @@ def plot_loss(runs: str | PathLike[str] | Sequence[str | PathLike[str]], path: s
     """Draw loss over step of each run's log, and of one run its quarters of t, too; 800x450 pixels, log scale.
 
     runs: one folder with a log.jsonl, or several. The suffix of path chooses the format. ValueError names a folder
-    without a line, and says how to install matplotlib where it is missing.
+    without a line or a loss above 0, and says how to install matplotlib where it is missing.
     """
     if isinstance(runs, str | PathLike):
         runs = [runs]
@@ -28,10 +28,12 @@ def plot_loss(runs: str | PathLike[str] | Sequence[str | PathLike[str]], path: s
     for run, lines in logs.items():
         if not lines:
             raise ValueError(f"run {run} has no line in its {LOG_FILE}; is it a folder of fastdiff train?")
+        if not any((line.get("loss") or 0) > 0 for line in lines):
+            raise ValueError(f"run {run} has no loss above 0 in its {LOG_FILE} to draw on a log scale")
     figure, ((axes,),) = new_figure(8.0, 4.5, 1)
     alone = {"label": "loss", "color": ORANGE} if len(logs) == 1 else {}
     for run, lines in logs.items():
-        _curve(axes, lines, "loss", **{"label": Path(run).name, "linewidth": 1.8, **alone})
+        _curve(axes, lines, "loss", **{"label": run, "linewidth": 1.8, **alone})
     if alone:
         for q, (name, colour) in enumerate(zip(QUARTER_NAMES, BLUES, strict=True)):
             words = f"t in quarter {q + 1}" + (" (least noise)" if q == 0 else "")

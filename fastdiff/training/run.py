@@ -97,7 +97,8 @@ class Run:
         return self.step - self.updates
 
     def _average(self, which: int, ema: Any, current: Any, updates: torch.Tensor | int) -> None:
-        torch._foreach_lerp_(ema, current, 1 - self.config.ema_decay_at(int(updates), which))
+        # self.updates is the same number, on the host
+        torch._foreach_lerp_(ema, current, 1 - self.config.ema_decay_at(self.updates, which))
 
     def _indices(self, start: int, n: int) -> torch.Tensor:
         """Images of samples start .. start + n - 1, int64 (n,)."""
@@ -113,9 +114,10 @@ class Run:
     def _batch(self, start: int, n: int) -> tuple[Batch, torch.Tensor]:
         """Samples start .. start + n - 1, and the weights (n,) of their losses."""
         model, indices = self.model, self._indices(start, n)
-        keys = sample_keys(self.config.seed, start, n).to(self.device)
+        keys = sample_keys(self.config.seed, start, n)
+        # on the CPU, where timesteps are chosen
         words, dropped = draw(keys, self.config.p_uncond)
-        t, weights = self.timesteps.choose(words)
+        keys, dropped, t, weights = (each.to(self.device) for each in (keys, dropped, *self.timesteps.choose(words)))
         y = None if model.num_classes is None else self.labels[indices]
         if y is not None and isinstance(model, DiffusionModel) and model.null_label is not None:
             y = torch.where(dropped, model.null_label, y)
@@ -198,6 +200,15 @@ class Run:
         model.network = self.averages[which].module
         model.provenance = {**model.provenance, "training": training}
         return model
+
+    def check_weights(self) -> None:
+        """TrainingError where a weight or average is not finite: an update may have been too large for its dtype."""
+        for name, tensor in self._tensors():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise TrainingError(
+                    f"step {self.step}: {name} must be finite after an update, and is not; what was saved last is "
+                    "intact; start anew with a lower lr or a longer warmup"
+                )
 
     def _facts(self) -> dict[str, Any]:
         """What must be equal for a run to go on; the names are those that errors show."""

@@ -26,8 +26,8 @@ class Uniform:
         self.num_train_timesteps = num_train_timesteps
 
     def choose(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """t int64 (B,) and weights float32 (B,) of words int64 (B,) in [0, 2^32), on their device."""
-        return (words * self.num_train_timesteps) >> 32, torch.ones(words.shape, device=words.device)
+        """t int64 (B,) and weights float32 (B,) of words int64 (B,) in [0, 2^32), all on the CPU."""
+        return (words * self.num_train_timesteps) >> 32, torch.ones(words.shape)
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Takes note of the losses (B,) of samples at t (B,), before they were weighted."""
@@ -53,10 +53,9 @@ class LossSecondMoment(Uniform):
         if int(self.counts.min()) < HISTORY:
             return super().choose(words)
         ends = self._ends()
-        t = np.searchsorted(ends, words.cpu().numpy(), side="right")
+        t = np.searchsorted(ends, words.numpy(), side="right")
         widths = np.diff(ends, prepend=0)
-        weights = torch.from_numpy(_RANGE / (T * widths[t]))
-        return torch.from_numpy(t).to(words.device), weights.float().to(words.device)
+        return torch.from_numpy(t), torch.from_numpy(_RANGE / (T * widths[t])).float()
 
     def _ends(self) -> npt.NDArray[np.int64]:
         """Where each t's interval of the words ends, int64 (T,), the last at 2^32."""
@@ -69,10 +68,12 @@ class LossSecondMoment(Uniform):
         return ends
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        # NumPy's views of the same memory: an index of a tensor costs ten times as much
+        history, counts = self.losses.numpy(), self.counts.numpy()
         for where, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
-            self.losses[where] = self.losses[where].roll(-1)
-            self.losses[where, -1] = loss
-            self.counts[where] = min(int(self.counts[where]) + 1, HISTORY)
+            history[where, :-1] = history[where, 1:]
+            history[where, -1] = loss
+            counts[where] = min(counts[where] + 1, HISTORY)
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "losses", self.losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cli_cases import FAST
+from PIL import Image
 from reference.networks import judging, mixing
 
 import fastdiff
@@ -125,4 +127,38 @@ def test_what_is_missing_is_one_sentence(
 def test_pictures_of_another_size_are_refused(upsampler: str, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez("wide.npz", arr_0=pictures(8).reshape(4, 8, 16, 1))
     assert cli.main(["sample", upsampler, *FAST, "--low-res", "wide.npz", "-o", "a.npz"]) == 2
-    assert "extra must have low_res (N, 1, 8, 8), got low_res of shape (4, 1, 8, 16)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--low-res wide.npz must hold pictures (channels, height, width) of (1, 8, 8), got (1, 8, 16)" in told
+
+
+def test_pictures_are_refused_by_a_model_that_enlarges_none(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("low.npz", arr_0=pictures(4))
+    assert cli.main(["sample", tiny, *FAST, "--low-res", "low.npz", "-o", "a.npz"]) == 2
+    assert "enlarges no pictures; leave --low-res out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "shape"),
+    [([7, 7, 7, 7], (1, 4)), ([2, 2, 0, 0], (2, 2)), ([5, 1, 1, 0], (4, 1)), ([3], (1, 1))],
+    ids=["one", "two", "mixed", "single"],
+)
+def test_pictures_bring_their_labels(upsampler: str, labels: list[int], shape: tuple[int, int]) -> None:
+    low = pictures(len(labels))
+    np.savez("low.npz", arr_0=low, arr_1=np.array(labels))
+    fast = ["--steps", "2", "--seed", "1", "-q"]
+    for out in ("a.npz", "a.png", "a/"):
+        assert cli.main(["sample", upsampler, *fast, "--low-res", "low.npz", "-o", out]) == 0
+    facts = images.read_metadata("a.npz")
+    assert facts["labels"] == labels
+    assert facts["low_res_sha256"] == hashlib.sha256(Path("low.npz").read_bytes()).hexdigest()
+    rows, columns = shape
+    blank = np.zeros((rows * columns, 16, 16, 1), np.uint8)
+    assert Image.open("a.png").size == images.grid(torch.from_numpy(blank), rows, columns, ["7"] * rows).size
+    singles = [images.read_metadata(path) for path in sorted(Path("a").glob("*.png"))]
+    assert [(single["low_res_row"], single["labels"]) for single in singles] == [
+        (row, [label]) for row, label in enumerate(labels)
+    ]
+    # who says otherwise is heeded
+    other = ["--labels", "4", "-n", str(len(labels)), "-o", "b.npz"]
+    assert cli.main(["sample", upsampler, *fast, "--low-res", "low.npz", *other]) == 0
+    assert images.read_metadata("b.npz")["labels"] == [4] * len(labels)

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cli_cases import ENVIRONMENT, FAST, recipe
 from PIL import Image
 
 import fastdiff
 from fastdiff import Classifier, checkpoint, cli, images
 from fastdiff.checkpoint import BUNDLED
+from fastdiff.cli import train as train_cli
 from fastdiff.training import TrainConfig, read_log, read_recipe
 
 
@@ -148,11 +150,24 @@ def test_train_makes_a_classifier_that_sample_takes(capsys: pytest.CaptureFixtur
 def test_train_makes_an_upsampler_whose_grids_enlarge_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     network = json.loads(recipe().read_text())["network"]
     network |= {"type": "super_resolution", "low_res_size": 8, "low_res_channels": 1}
-    assert cli.main(["train", "--recipe", str(recipe(network=network)), "--out", "run"]) == 0
-    assert capsys.readouterr().out.endswith("fastdiff sample run/model --low-res FILE.npz\n")
-    assert Image.open("run/samples-3.png").width > 100
-    model = fastdiff.load("run/model")
+    assert cli.main(["train", "--recipe", str(recipe(network=network)), "--out", "a run"]) == 0
+    assert capsys.readouterr().out.endswith("fastdiff sample 'a run/model' --low-res FILE.npz\n")
+    assert Image.open("a run/samples-3.png").width > 100
+    model = fastdiff.load("a run/model")
     assert model.network.extra_shapes == {"low_res": (1, 8, 8)}
+
+
+def test_grids_of_an_upsampler_enlarge_images_of_their_labels() -> None:
+    data = torch.tensor([3, 1, 0, 1, 3, 3])
+    assert train_cli._images_of([0, 0, 1, 1, 1, 3, 3, 2, 2], data, 9) == [2, 2, 1, 3, 1, 0, 4, 0, 1]
+    assert train_cli._images_of(None, data, 8) == [0, 1, 2, 3, 4, 5, 0, 1]
+
+
+@pytest.mark.parametrize(("p_uncond", "w"), [(0.1, 1.5), (0.0, 0.0)])
+def test_grids_are_guided_where_training_shows_the_null_label(p_uncond: float, w: float) -> None:
+    training = {"iterations": 1, "batch_size": 4, "p_uncond": p_uncond}
+    assert cli.main(["train", "--recipe", str(recipe(training=training)), "--out", "run", "-q"]) == 0
+    assert images.read_metadata("run/samples-1.png")["w"] == w
 
 
 def test_plot_draws_the_losses_of_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +178,9 @@ def test_plot_draws_the_losses_of_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["plot", "run"]) == 2
     assert "--force" in capsys.readouterr().err
     assert cli.main(["plot", "run", "run", "--force"]) == 0
-    assert cli.main(["plot", "run", "-o", "loss.pdf"]) == 2
+    capsys.readouterr()
+    assert cli.main(["plot", "run", "-o", "loss.npz"]) == 2
+    assert "--out must end in .png, got loss.npz" in capsys.readouterr().err
     assert cli.main(["plot", "nowhere", "-o", "b.png"]) == 2
     assert "run nowhere has no line in its log.jsonl" in capsys.readouterr().err
     assert not Path("b.png").exists()
@@ -198,4 +215,6 @@ def test_doctor_finds_an_upsampler_sound(capsys: pytest.CaptureFixture[str]) -> 
     fastdiff.save(model, "up")
     assert cli.main(["doctor", "up"]) == 0
     assert cli.main(["evaluate", "up", "--likelihood", "--images", "2", "-q"]) == 2
+    assert "model must take images alone, its network takes ['low_res']" in capsys.readouterr().err
+    assert cli.main(["evaluate", "up", "--images", "20", "-q"]) == 2
     assert "model must take images alone, its network takes ['low_res']" in capsys.readouterr().err
