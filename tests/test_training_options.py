@@ -162,6 +162,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path
     assert [int(average.n_averaged) for average in run.averages] == updates
     assert not run.advance().skipped and run.skipped == 1
     assert any(not torch.equal(before[name], tensor) for name, tensor in run._tensors())
+    # averages count updates, not steps
+    for name, now in run.network.named_parameters():
+        expected = torch.lerp(before[f"ema.{name}"], now.detach(), 1 - run.config.ema_decay_at(2))
+        torch.testing.assert_close(dict(run._tensors())[f"ema.{name}"], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_too_many_skipped_steps_stop_the_run_with_the_last_checkpoint_intact(tmp_path: Path) -> None:

@@ -108,13 +108,13 @@ def low_res_images(
     Raises ValueError for pictures of another number or size, and where only one of network and pictures is for
     enlarging.
     """
-    shape = getattr(network, "extra_shapes", {}).get("low_res")
+    shape: tuple[int, ...] | None = getattr(network, "extra_shapes", {}).get("low_res")
     if shape is None and pictures is None:
         return None
-    if pictures is None:
-        raise ValueError(f"model {model} enlarges pictures: give {n} of {shape[1]}x{shape[2]} by --low-res FILE.npz")
     if shape is None:
         raise ValueError(f"model {model} enlarges no pictures; leave --low-res out")
+    if pictures is None:
+        raise ValueError(f"model {model} enlarges pictures: give {n} of {shape[1]}x{shape[2]} by --low-res FILE.npz")
     if len(pictures) != n:
         raise ValueError(f"--low-res {path} must hold {n} pictures, one an image drawn, got {len(pictures)}")
     if (got := tuple(pictures.images.shape[1:])) != shape:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,10 +158,25 @@ def test_train_makes_an_upsampler_whose_grids_enlarge_the_data(capsys: pytest.Ca
     assert model.network.extra_shapes == {"low_res": (1, 8, 8)}
 
 
-def test_grids_of_an_upsampler_enlarge_images_of_their_labels() -> None:
+def test_grids_of_an_upsampler_enlarge_images_of_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     data = torch.tensor([3, 1, 0, 1, 3, 3])
     assert train_cli._images_of([0, 0, 1, 1, 1, 3, 3, 2, 2], data, 9) == [2, 2, 1, 3, 1, 0, 4, 0, 1]
     assert train_cli._images_of(None, data, 8) == [0, 1, 2, 3, 4, 5, 0, 1]
+    seen = []
+
+    class Recording:
+        timesteps = (0,)
+
+        def __call__(self, labels: list[int], w: float, *, extra: dict[str, torch.Tensor], **options: Any) -> Any:
+            seen.append((labels, extra["low_res"].tolist()))
+            return torch.zeros(len(labels), 1, 16, 16)
+
+    monkeypatch.setattr(train_cli, "_grid_sampler", lambda model: Recording())
+    model = checkpoint.fresh(read_recipe(recipe()).sections)
+    labels = torch.arange(9, -1, -1)
+    train_cli._sample_grid(model, Path("a.png"), TrainConfig(1), labels, {"low_res": labels})
+    # one image a class in these data, shown twice
+    assert seen == [([label for label in range(10) for _ in range(2)],) * 2]
 
 
 @pytest.mark.parametrize(("p_uncond", "w"), [(0.1, 1.5), (0.0, 0.0)])
