@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -82,3 +83,21 @@ def stop_at(step: int) -> Any:
             raise KeyboardInterrupt
 
     return callback
+
+
+def poisoned(steps: set[int], what: str = "loss") -> tuple[DiffusionModel, dict[str, int]]:
+    """A model whose loss or gradient is NaN or infinite at some steps, counted from 0"""
+    model, calls = unet_model(dropout=0.0), {"n": -1}
+
+    def spoil(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+        calls["n"] += 1
+        if calls["n"] not in steps:
+            return output
+        if what == "gradient":
+            output.register_hook(lambda gradient: gradient * math.inf)
+            return output
+        return output * math.nan
+
+    assert isinstance(model.network, nn.Module)
+    model.network.register_forward_hook(spoil)
+    return model, calls
