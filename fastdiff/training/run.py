@@ -43,7 +43,7 @@ FREE_FIELDS = ("log_every", "save_every", "sample_every", "tensorboard", "max_sk
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: too many losses or gradients were not finite."""
+    """Training cannot go on: too many losses or gradients were not finite, or an update made weights that are not."""
 
 
 @dataclass(frozen=True)
