@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {KERNELS},
     "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
     "checkpoint": {"atomic", "classifier", "diffusion_model", "manifest", "placement"},
+    "hub": {"checkpoint", "manifest"},
     "convert": {"diffusion_model", "model", "schedule"},
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
@@ -50,7 +51,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}
-ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}
+ONLY_IN = {
+    "tyro": {"cli"},
+    "diffusers": set(),
+    "huggingface_hub": {"hub"},
+    "triton": set(),
+    "sklearn": {"training", "evaluation"},
+}
 
 
 def room_of(path: Path) -> str:
