@@ -22,7 +22,7 @@ from fastdiff.atomic import locked, made, replace, sweep
 from fastdiff.classifier import Classifier
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.manifest import CONFIG_BYTES, Blueprint, Manifest, listed, networks
-from fastdiff.placement import DTYPES, resolve_device
+from fastdiff.placement import DTYPES, resolve_device, runnable_dtype
 
 __all__ = [
     "BUNDLED",
@@ -68,7 +68,7 @@ def load(
     src: a bundled name ("digits"; write "./digits" or a Path for a folder of that name) or a folder.
     device: where the parameters go; None is the CPU.
     dtype: what they become, and the recorded compute dtype of the model returned; None is the dtype that the checkpoint
-        records, or that of its stored weights where it records none.
+        records (for float16 on a CPU float32), or that of its stored weights where it records none.
     The network is in eval mode and channels_last. torch's random generators are left as they were.
 
     Raises CheckpointError naming the path; ValueError or TypeError for device and dtype.
@@ -103,9 +103,9 @@ def save(
     overwrite: replace the checkpoint that is there; other files of the folder are left alone either way.
     storage_dtype: float dtype of the stored weights (float16 halves the file); None stores them as they are.
 
-    Raises TypeError for a network of another kind, ValueError for a null_model and for a storage_dtype that cannot hold
-    the weights, and CheckpointError naming the path for all else; then the checkpoint before is untouched and nothing
-    else is left.
+    Raises TypeError for a network of another kind, ValueError for a null_model, a decode and a storage_dtype that cannot
+    hold the weights, and CheckpointError naming the path for all else; then the checkpoint before is untouched and
+    nothing else is left.
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {folder!r}")
@@ -115,6 +115,8 @@ def save(
     kind = kind_of(model)
     if isinstance(model, DiffusionModel) and model.null_model is not None:
         raise ValueError("model must have null_model=None, a checkpoint holds one network; save the two apart")
+    if isinstance(model, DiffusionModel) and model.decode is not None:
+        raise ValueError("model must have decode=None, a checkpoint holds no code; set model.decode after loading")
     tensors = _stored(model.network.state_dict(), storage_dtype)  # type: ignore[attr-defined]
     with _blaming(folder):
         weights = safetensors.torch.save(tensors)
@@ -202,7 +204,8 @@ def _load(
         _check_dtype("dtype", dtype)
     manifest, tensors = _read(folder, section)
     blueprint = manifest.blueprint
-    dtype = dtype or blueprint.options["dtype"]
+    recorded = dtype or blueprint.options["dtype"]
+    dtype = dtype or (recorded and runnable_dtype(recorded, target))
     with _blaming(folder / manifest.file):
         network = _empty_network(blueprint, tensors)
         tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
@@ -212,7 +215,7 @@ def _load(
         network.load_state_dict(tensors, assign=True)
     # PyTorch's stubs forget memory_format
     network.eval().to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return blueprint.model(network, dtype=dtype)
+    return blueprint.model(network, dtype=recorded)
 
 
 def _folder(src: str | os.PathLike[str], bundled: Mapping[str, Path]) -> Path:
