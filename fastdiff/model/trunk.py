@@ -142,6 +142,14 @@ class TrunkConfig:
         return cls(**fields)
 
 
+def channel_multiple(width: int, channels: int) -> float:
+    """m with int(m * channels) == width, an int where there is one"""
+    if width % channels == 0:
+        return width // channels
+    ratio = width / channels
+    return ratio if int(ratio * channels) == width else math.nextafter(ratio, math.inf)
+
+
 def check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
