@@ -12,10 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdiff.checkpoint import CheckpointError, load, load_classifier, save
+    from fastdiff.checkpoint import CheckpointError, save
     from fastdiff.classifier import Classifier
     from fastdiff.diffusion_model import DiffusionModel
     from fastdiff.images import to_uint8
+    from fastdiff.loading import load, load_classifier
     from fastdiff.noise import image_seeds
     from fastdiff.placement import OutOfMemoryError
     from fastdiff.sampler import Cancelled, Sampler, sample
@@ -53,8 +54,8 @@ _HOMES = {
     "Schedule": "schedule",
     "StepTable": "solvers",
     "image_seeds": "noise",
-    "load": "checkpoint",
-    "load_classifier": "checkpoint",
+    "load": "loading",
+    "load_classifier": "loading",
     "sample": "sampler",
     "save": "checkpoint",
     "to_uint8": "images",

@@ -22,13 +22,14 @@ from fastdiff.atomic import locked, made, replace, sweep
 from fastdiff.classifier import Classifier
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.manifest import CONFIG_BYTES, Blueprint, Manifest, listed, networks
-from fastdiff.placement import DTYPES, resolve_device
+from fastdiff.placement import DTYPES, resolve_device, runnable_dtype
 
 __all__ = [
     "BUNDLED",
     "BUNDLED_CLASSIFIERS",
     "CheckpointError",
     "atomic_write",
+    "blaming",
     "fresh",
     "info",
     "kind_of",
@@ -68,7 +69,7 @@ def load(
     src: a bundled name ("digits"; write "./digits" or a Path for a folder of that name) or a folder.
     device: where the parameters go; None is the CPU.
     dtype: what they become, and the recorded compute dtype of the model returned; None is the dtype that the checkpoint
-        records, or that of its stored weights where it records none.
+        records (for float16 on a CPU float32), or that of its stored weights where it records none.
     The network is in eval mode and channels_last. torch's random generators are left as they were.
 
     Raises CheckpointError naming the path; ValueError or TypeError for device and dtype.
@@ -103,9 +104,9 @@ def save(
     overwrite: replace the checkpoint that is there; other files of the folder are left alone either way.
     storage_dtype: float dtype of the stored weights (float16 halves the file); None stores them as they are.
 
-    Raises TypeError for a network of another kind, ValueError for a null_model and for a storage_dtype that cannot hold
-    the weights, and CheckpointError naming the path for all else; then the checkpoint before is untouched and nothing
-    else is left.
+    Raises TypeError for a network of another kind, ValueError for a null_model, a decode and a storage_dtype that
+    cannot hold the weights, and CheckpointError naming the path for all else; then the checkpoint before is untouched
+    and nothing else is left.
     """
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path, got {folder!r}")
@@ -115,8 +116,10 @@ def save(
     kind = kind_of(model)
     if isinstance(model, DiffusionModel) and model.null_model is not None:
         raise ValueError("model must have null_model=None, a checkpoint holds one network; save the two apart")
+    if isinstance(model, DiffusionModel) and model.decode is not None:
+        raise ValueError("model must have decode=None, a checkpoint holds no code; set model.decode after loading")
     tensors = _stored(model.network.state_dict(), storage_dtype)  # type: ignore[attr-defined]
-    with _blaming(folder):
+    with blaming(folder):
         weights = safetensors.torch.save(tensors)
         config = Manifest.written(model, kind, weights)
         manifest = Manifest.parse(config)
@@ -184,7 +187,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     The folder must exist. Raises CheckpointError naming the path; then the old file is untouched, no temporary is left.
     """
     path = Path(path)
-    with _blaming(path), locked(path.parent):
+    with blaming(path), locked(path.parent):
         replace(path, data)
         sweep(path.parent, lambda name: name == path.name)
 
@@ -202,8 +205,9 @@ def _load(
         _check_dtype("dtype", dtype)
     manifest, tensors = _read(folder, section)
     blueprint = manifest.blueprint
-    dtype = dtype or blueprint.options["dtype"]
-    with _blaming(folder / manifest.file):
+    recorded = dtype or blueprint.options["dtype"]
+    dtype = dtype or (recorded and runnable_dtype(recorded, target))
+    with blaming(folder / manifest.file):
         network = _empty_network(blueprint, tensors)
         tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
         bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -212,7 +216,7 @@ def _load(
         network.load_state_dict(tensors, assign=True)
     # PyTorch's stubs forget memory_format
     network.eval().to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return blueprint.model(network, dtype=dtype)
+    return blueprint.model(network, dtype=recorded)
 
 
 def _folder(src: str | os.PathLike[str], bundled: Mapping[str, Path]) -> Path:
@@ -221,7 +225,7 @@ def _folder(src: str | os.PathLike[str], bundled: Mapping[str, Path]) -> Path:
     if not isinstance(src, str | os.PathLike):
         raise TypeError(f"src must be a bundled name {sorted(bundled)} or a folder, got {src!r}")
     folder = bundled[src] if isinstance(src, str) and src in bundled else Path(src)
-    with _blaming(folder):
+    with blaming(folder):
         if folder.is_dir():
             if not os.path.lexists(folder / _CONFIG):
                 raise ValueError(f"no checkpoint here: the folder has no {_CONFIG}")
@@ -236,11 +240,11 @@ def _read(folder: Path, section: str | None = None) -> tuple[Manifest, Tensors]:
     """section: which a caller can use, None for either"""
     attempts = 20
     while True:
-        with _blaming(folder / _CONFIG):
+        with blaming(folder / _CONFIG):
             manifest = Manifest.parse(_regular_file(folder / _CONFIG, CONFIG_BYTES))
             if section not in (None, manifest.blueprint.section):
                 raise ValueError(_MISTAKEN[manifest.blueprint.section])
-        with _blaming(folder / manifest.file):
+        with blaming(folder / manifest.file):
             try:
                 data = _regular_file(folder / manifest.file, manifest.size)
             except FileNotFoundError:
@@ -307,7 +311,7 @@ def _check_dtype(argument: str, dtype: object) -> None:
 
 
 @contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def blaming(path: Path) -> Iterator[None]:
     """Whatever goes wrong inside is a CheckpointError that names the path."""
     try:
         yield

@@ -54,6 +54,12 @@ class DiffusionModel:
         unconditional one (num_classes=None) for a network without a null label, or a weaker one that takes the same
         labels (autoguidance, 2406.02507). Same schedule, prediction and image_shape; a learned variance stays this
         one's. A checkpoint does not hold it.
+    solver: how it is sampled where nobody says: {"name": a key of SOLVERS, "spacing": what an int `steps` stands for,
+        such as "leading:N"; the rest: that solver's own options}. None: {"name": "ddim"}, N at a fractional stride.
+    guided_channels: how many of the C channels guidance combines, the first ones; the others are those of the
+        conditional row (DiT guides 3 of 4). None: all.
+    decode: what makes images (N, ...) of sampled latents (N, C, H, W), such as a VAE's decoder. None: x is the image.
+        A checkpoint does not hold it.
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -73,6 +79,9 @@ class DiffusionModel:
         name: str | None = None,
         provenance: Mapping[str, Any] | None = None,
         null_model: DiffusionModel | None = None,
+        solver: Mapping[str, Any] | None = None,
+        guided_channels: int | None = None,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         if not callable(network):
             raise TypeError(f"network must be a callable network(x, t, y), got {type(network).__name__}")
@@ -116,6 +125,17 @@ class DiffusionModel:
         self.dtype = dtype
         self.name = name
         self.provenance = dict(provenance or {})
+        self.solver = None if solver is None else _checked_solver(solver)
+        if guided_channels is not None and (
+            isinstance(guided_channels, bool)
+            or not isinstance(guided_channels, int)
+            or not 1 <= guided_channels <= shape[0]
+        ):
+            raise ValueError(f"guided_channels must be an integer in [1, {shape[0]}] or None, got {guided_channels!r}")
+        self.guided_channels = None if guided_channels == shape[0] else guided_channels
+        if decode is not None and not callable(decode):
+            raise TypeError(f"decode must be a function of latents or None, got {type(decode).__name__}")
+        self.decode = decode
         if null_model is not None:
             self._check_null_model(null_model)
         self.null_model = null_model
@@ -154,3 +174,18 @@ class DiffusionModel:
         if not isinstance(self.network, torch.nn.Module):
             return []
         return [*self.network.parameters(), *self.network.buffers()]
+
+
+def _checked_solver(solver: object) -> dict[str, Any]:
+    """Its form; which names and options there are, solvers.py knows"""
+    if not isinstance(solver, Mapping) or not all(isinstance(key, str) for key in solver):
+        raise TypeError(f"solver must be a mapping of names to values or None, got {solver!r}")
+    if not isinstance(solver.get("name"), str):
+        raise ValueError(f"solver must have the 'name' of one of fastdiff.SOLVERS, got {dict(solver)!r}")
+    spacing = solver.get("spacing", "N")
+    if not isinstance(spacing, str) or spacing.count("N") != 1:
+        raise ValueError(f"solver's 'spacing' must be a string with one N in the number's place, got {spacing!r}")
+    for key, value in solver.items():
+        if not isinstance(value, bool | int | float | str):
+            raise TypeError(f"solver's {key!r} must be a number, a string, True or False, got {value!r}")
+    return dict(solver)

@@ -32,6 +32,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "classifier": ("schedule", "num_classes", "image_shape"),
 }
 
+# left out where they are None
+OPTIONAL = {"diffusion": ("solver", "guided_channels"), "classifier": ()}
+
 _FORMAT = 1
 _FILE_AND_SHA256 = re.compile(r"model-([0-9a-f]{12})\.safetensors \1[0-9a-f]{52}")
 _MAX_TIMESTEPS = 2**20
@@ -77,7 +80,10 @@ class Blueprint:
         section = _section(sections)
         _check_keys("model", sections, _model_keys(section))
         fields, dtype = sections[section], sections["dtype"]
-        _check_keys(section, fields, SECTIONS[section])
+        _check_keys(section, fields, SECTIONS[section], OPTIONAL[section])
+        for key in OPTIONAL[section]:
+            if key in fields and fields[key] is None:
+                raise ValueError(f"{section}.{key} must be left out where there is none, got null")
         _check_type("name", sections["name"], str | None)
         _check_type("network", sections["network"], dict)
         if "clip_x0" in fields:
@@ -150,6 +156,7 @@ class Manifest:
         """config.json of a model whose network is of the type `kind` and has these weights."""
         section, digest = networks()[kind].section, hashlib.sha256(weights).hexdigest()
         fields = {key: getattr(model, key) for key in SECTIONS[section]}
+        fields |= {key: value for key in OPTIONAL[section] if (value := getattr(model, key)) is not None}
         config = {
             "format": _FORMAT,
             "network": {"type": kind, **model.network.config.to_dict()},  # type: ignore[attr-defined]
@@ -191,11 +198,12 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_keys(where: str, value: object, expected: tuple[str, ...]) -> None:
+def _check_keys(where: str, value: object, expected: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     if not isinstance(value, dict):
         raise TypeError(f"{where} must be an object with keys {list(expected)}, got {type(value).__name__}")
-    if value.keys() != set(expected):
-        unknown, missing = listed(value.keys() - set(expected)), listed(set(expected) - value.keys())
+    if value.keys() - set(optional) != set(expected):
+        unknown = listed(value.keys() - set(expected) - set(optional))
+        missing = listed(set(expected) - value.keys())
         raise ValueError(f"{where} must have keys {list(expected)}, got unknown [{unknown}] and lacks [{missing}]")
 
 

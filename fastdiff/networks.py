@@ -21,7 +21,7 @@ class Networks:
 
     image_shape: (C, H, W). null_label: of the network, where null rows are its own; null_unlabelled: whether the other
     takes y=None. dtype, null_dtype, classifier_dtype: of the networks' inputs; state_dtype: float32 or float64.
-    num_classes: of the classifier.
+    num_classes: of the classifier. guided_channels: of the C, how many guidance combines.
     """
 
     network: Network
@@ -37,6 +37,7 @@ class Networks:
     classifier: ClassifierNetwork | None = None
     num_classes: int = 0
     classifier_dtype: torch.dtype | None = None
+    guided_channels: int | None = None
 
     def addresses(self) -> Hashable:
         """What graphs hold of them; where it changes, they would go on reading memory that others own by now"""
@@ -97,6 +98,7 @@ class PlacedNetworks:
                 classifier=classifier_network,
                 num_classes=0 if classifier is None else classifier.num_classes,
                 classifier_dtype=None if classifier is None else self._dtype_beside(2, classifier) or self.dtype,
+                guided_channels=model.guided_channels,
             )
 
     def _dtype_beside(self, which: int, other: DiffusionModel | Classifier) -> torch.dtype | None:

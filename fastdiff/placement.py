@@ -27,6 +27,7 @@ __all__ = [
     "preferred_dtype",
     "resolve_device",
     "resolve_dtype",
+    "runnable_dtype",
 ]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -72,11 +73,16 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def runnable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """A recorded dtype, but float32 for float16 on a CPU, which has no fast arithmetic for it."""
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
 def preferred_dtype(model: DiffusionModel | Classifier, device: torch.device) -> torch.dtype | None:
-    """The recorded dtype; for a network of fastdiff or of its protocol what suits the hardware; None for others, which
-    stay."""
+    """The recorded dtype, as runnable; where none is recorded what suits the hardware for a network of fastdiff or of
+    its protocol, and None for others, which stay."""
     if model.dtype is not None:
-        return model.dtype
+        return runnable_dtype(model.dtype, device)
     if is_conditioned_apart(model.network) or getattr(model.network, "any_dtype", False):
         fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32

@@ -163,7 +163,7 @@ def resolve_classifier(classifier: Any, model: DiffusionModel, dtype: torch.dtyp
     if classifier is None:
         return None
     if isinstance(classifier, str | PathLike):
-        from fastdiff.checkpoint import load_classifier
+        from fastdiff.loading import load_classifier
 
         # the caller may be in inference mode, whose tensors take no part in a gradient
         with torch.inference_mode(False):
@@ -189,8 +189,11 @@ def resolve_classifier(classifier: Any, model: DiffusionModel, dtype: torch.dtyp
 
 
 def build_table(
-    model: DiffusionModel, solver: str | Solver, steps: Steps, eta: float | None, clip_x0: bool | None
+    model: DiffusionModel, solver: str | Solver | None, steps: Steps, eta: float | None, clip_x0: bool | None
 ) -> StepTable:
+    """The table of a call; solver None is the model's own, which says what an int `steps` stands for, too"""
+    if solver is None:
+        solver, steps = _own_solver(model, steps)
     if isinstance(solver, str) and solver not in SOLVERS:
         raise ValueError(f"solver must be one of {sorted(SOLVERS)} or a function, got {solver!r}")
     build = SOLVERS[solver] if isinstance(solver, str) else solver
@@ -218,6 +221,19 @@ def build_table(
             "a function must take prediction as an argument and pass it on"
         )
     return table
+
+
+def _own_solver(model: DiffusionModel, steps: Steps) -> tuple[str | Solver, Steps]:
+    recorded = dict(model.solver or {"name": "ddim"})
+    name, spacing = recorded.pop("name"), recorded.pop("spacing", None)
+    if name not in SOLVERS:
+        raise ValueError(f"model.solver's name must be one of {sorted(SOLVERS)}, got {name!r}")
+    known = inspect.signature(SOLVERS[name]).parameters
+    if unknown := sorted(recorded.keys() - {key for key, p in known.items() if p.kind is p.KEYWORD_ONLY}):
+        raise ValueError(f"model.solver has options {unknown}, which {name!r} does not take; give a solver")
+    if spacing is not None and isinstance(steps, int | np.integer) and not isinstance(steps, bool):
+        steps = spacing.replace("N", str(steps))
+    return functools.partial(SOLVERS[name], **recorded) if recorded else name, steps
 
 
 def count_images(

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastdiff.checkpoint import load
 from fastdiff.classifier import Classifier
 from fastdiff.cuda_graph import NotCapturable, Pool, is_out_of_memory
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.guidance import Interval, Labels, Weight, guided_rows
+from fastdiff.loading import load
 from fastdiff.networks import PlacedNetworks
 from fastdiff.noise import Seed
 from fastdiff.placement import OutOfMemoryError, device_of, resolve_device, resolve_dtype
@@ -50,10 +50,10 @@ class _Tabled(NamedTuple):
 class Sampler:
     """Samples one model with one solver again and again; owns its buffers and graphs.
 
-    model: a DiffusionModel, a bundled model's name, or a checkpoint's folder.
+    model: a DiffusionModel, or what fastdiff.load takes: a bundled model's name, a checkpoint's folder or file.
     steps: network evaluations and their times, see `fastdiff.schedule.timesteps`.
     solver: a name in SOLVERS, or a function (schedule, steps, *, prediction, clip_x0) -> StepTable, such as
-        functools.partial(ddim, eps="network").
+        functools.partial(ddim, eps="network"). None is the model's own, with its spacing for an int steps, else "ddim".
     eta: DDIM's stochasticity in [0, 1]; None is 0. ValueError for a solver that has none.
     guidance_interval: (lo, hi) of sigma_edm = sigma / alpha: guided where lo < sigma_edm <= hi; None: everywhere.
     clip_x0: clip predictions to [-1, 1]; None asks the model.
@@ -72,6 +72,7 @@ class Sampler:
         (2105.05233, section 4), with or without w; of the model's image_shape, schedule and classes.
     classifier_form: "mean" moves the mean of a stochastic step by its variance times the gradient (algorithm 1),
         "score" the eps of any solver (algorithm 2); None is "mean" for ddpm, "score" elsewhere.
+    decode: return what the model's decode makes of the latents, where it has one, batch by batch; False: the latents.
 
     A network is used in place where device, dtype and layout fit, and otherwise through a converted copy, which takes
     over the network's weights and buffers at every call; `fastdiff.load(..., device=)` saves that. Weights that moved
@@ -89,7 +90,7 @@ class Sampler:
         model: Model = "digits",
         *,
         steps: Steps = 50,
-        solver: str | Solver = "ddim",
+        solver: str | Solver | None = None,
         eta: float | None = None,
         guidance_interval: Interval = None,
         clip_x0: bool | None = None,
@@ -100,6 +101,7 @@ class Sampler:
         check_finite: bool = False,
         classifier: Classifier | str | PathLike[str] | None = None,
         classifier_form: str | None = None,
+        decode: bool = True,
     ) -> None:
         dtype = resolve_dtype(dtype)
         if not isinstance(graph, bool) and graph != "auto":
@@ -108,8 +110,9 @@ class Sampler:
             raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not isinstance(check_finite, bool):
-            raise TypeError(f"check_finite must be True or False, got {check_finite!r}")
+        for name, value in (("check_finite", check_finite), ("decode", decode)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         if not isinstance(model, DiffusionModel | str | PathLike):
             raise TypeError(f"model must be a DiffusionModel, a name or a folder, got {type(model).__name__}")
         given = (model, classifier)
@@ -136,6 +139,7 @@ class Sampler:
                 owner.network.to(self.device)
         self.batch_size = batch_size
         self.check_finite = check_finite
+        self.decode = decode
         # those used last at the end
         self._steps: OrderedDict[Shape, Step] = OrderedDict()
         self._addresses: object = None
@@ -149,7 +153,7 @@ class Sampler:
         self,
         *,
         steps: Steps = 50,
-        solver: str | Solver = "ddim",
+        solver: str | Solver | None = None,
         eta: float | None = None,
         guidance_interval: Interval = None,
         clip_x0: bool | None = None,
@@ -210,7 +214,10 @@ class Sampler:
         progress: bool = False,
         callback: Callback = None,
     ) -> torch.Tensor:
-        """Draw images: float32 (N, C, H, W), nominally in [-1, 1]; the arguments are those of `fastdiff.sample`."""
+        """Draw images: float32 (N, C, H, W), nominally in [-1, 1]; the arguments are those of `fastdiff.sample`.
+
+        Where the model has a decode, its images (N, ...) instead, unless N is 0.
+        """
         tabled = self._tabled
         request = resolve_request(
             self.model,
@@ -231,14 +238,17 @@ class Sampler:
         with self._turn(), self._current_networks(), _progress_bar(progress, total) as bar:
             try:
                 images = torch.empty(request.shape, dtype=self._networks.state_dtype, device=self.device)
+                decoded = []
                 for batch in request.batches:
                     step = self._step(tabled, request, batch, request.size)
                     images[batch.part] = self._run(step, tabled, batch, bar, callback)
-                return images
+                    if self.decode and self.model.decode is not None:
+                        decoded.append(_decoded(self.model.decode, images[batch.part]))
+                return torch.cat(decoded) if decoded else images
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                images = step = None  # type: ignore[assignment]
+                images = step = decoded = None  # type: ignore[assignment]
                 why = str(error).splitlines()[0] if str(error) else "out of memory"
             # out here nothing of the attempt is held
             self._release()
@@ -389,7 +399,7 @@ def sample(
     *,
     num_images: int | None = None,
     steps: Steps = 50,
-    solver: str | Solver = "ddim",
+    solver: str | Solver | None = None,
     eta: float | None = None,
     guidance_interval: Interval = None,
     clip_x0: bool | None = None,
@@ -405,12 +415,13 @@ def sample(
     classifier_scale: Weight = 1.0,
     classifier_form: str | None = None,
     extra: Mapping[str, torch.Tensor] | None = None,
+    decode: bool = True,
     progress: bool = False,
     callback: Callback = None,
 ) -> torch.Tensor:
     """Draw images: float32 (N, C, H, W) on the model's device, nominally in [-1, 1]; float64 if dtype is float64.
 
-    model: a DiffusionModel, a bundled model's name, or a checkpoint's folder.
+    model: a DiffusionModel, or what fastdiff.load takes: a bundled model's name, a checkpoint's folder or file.
     labels: one in [0, num_classes), or N of them; None: unconditional. What a classifier is asked for, which alone
         takes them where the model is unconditional.
     w: guidance weight, a number or (N,): eps = (1 + w) * eps_cond - w * eps_null (2207.12598 equation 6). 0 is
@@ -429,7 +440,7 @@ def sample(
     callback: called as callback(row, rows, t, x, x0) after each row of each batch, x and x0 (N, C, H, W) of that batch;
         returning False raises Cancelled.
     steps, solver, eta, guidance_interval, clip_x0, batch_size, device, dtype, graph, check_finite, classifier,
-        classifier_form: see Sampler, which is the thing to keep where a model is sampled more than once.
+        classifier_form, decode: see Sampler, which is the thing to keep where a model is sampled more than once.
 
     Raises ValueError, TypeError or CheckpointError naming the argument, before any work.
     """
@@ -447,6 +458,7 @@ def sample(
         check_finite=check_finite,
         classifier=classifier,
         classifier_form=classifier_form,
+        decode=decode,
     )
     return sampler(
         labels,
@@ -460,6 +472,14 @@ def sample(
         progress=progress,
         callback=callback,
     )
+
+
+def _decoded(decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
+    images = decode(latents)
+    if not isinstance(images, torch.Tensor) or images.ndim == 0 or len(images) != len(latents):
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"model.decode must return a tensor ({len(latents)}, ...), an image a latent, got {got}")
+    return images
 
 
 def _check_row(x: torch.Tensor, table: StepTable, row: int, start: int) -> None:

@@ -138,8 +138,11 @@ def _ddim(count: int, T: int) -> list[float]:
     return [float(t) for t in range(0, T, strides[count])][::-1]
 
 
-def _leading(count: int, T: int) -> list[float]:
-    return [float(i * (T // count)) for i in range(count)][::-1]
+def _leading(count: int, T: int, offset: int = 0) -> list[float]:
+    if (count - 1) * (T // count) + offset > T - 1:
+        most = T - 1 - (count - 1) * (T // count)
+        raise ValueError(f"steps='leading:{count}+{offset}' begins beyond t = {T - 1}; the largest offset is {most}")
+    return [float(i * (T // count) + offset) for i in range(count)][::-1]
 
 
 def _linspace(count: int, T: int) -> list[float]:
@@ -150,7 +153,11 @@ def _trailing(count: int, T: int) -> list[float]:
     return (np.arange(T, 0, -T / count)[:count].round() - 1).tolist()
 
 
-_NAMED_SPACINGS = {"leading": _leading, "linspace": _linspace, "trailing": _trailing}
+_NAMED_SPACINGS: dict[str, Callable[[int, int], list[float]]] = {
+    "leading": _leading,
+    "linspace": _linspace,
+    "trailing": _trailing,
+}
 _FORMS = "an int, 'ddimN', 'N', '10,15,20', 'leading:N', 'linspace:N', 'trailing:N' or descending timesteps"
 
 
@@ -178,8 +185,8 @@ def timesteps(steps: Steps, num_train_timesteps: int) -> Array:
     """The times a solver visits: float64 (rows,), strictly descending, in [0, T - 1].
 
     steps is an int N or "N" (fractional stride from T - 1 to 0; 1 is T - 1), "ddimN" (integer stride from 0),
-    "10,15,20" (sections, least noise first), "leading:N", "linspace:N", "trailing:N" (diffusers' spacings), or the
-    times themselves.
+    "10,15,20" (sections, least noise first), "leading:N", "linspace:N", "trailing:N" (diffusers' spacings;
+    "leading:N+1" where steps_offset is 1), or the times themselves.
 
     Raises ValueError naming the nearest that can be met, TypeError for anything else. Source: the respacing of Improved
     DDPM section 4.
@@ -198,6 +205,8 @@ def timesteps(steps: Steps, num_train_timesteps: int) -> Array:
         return timesteps(int(steps), T)
     if match := re.fullmatch(r"ddim(-?\d{1,9})", steps):
         return np.array(_ddim(_count(int(match[1]), T, steps), T))
+    if match := re.fullmatch(r"leading:(\d{1,9})\+(\d{1,9})", steps):
+        return np.array(_leading(_count(int(match[1]), T, steps), T, int(match[2])))
     if match := re.fullmatch(r"(leading|linspace|trailing):(-?\d{1,9})", steps):
         return np.array(_NAMED_SPACINGS[match[1]](_count(int(match[2]), T, steps), T))
     if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})+", steps):

@@ -24,7 +24,7 @@ __all__ = ["SOLVERS", "Solver", "StepTable", "ddim", "ddpm"]
 Array = npt.NDArray[np.float64]
 
 CLASSIFIER_FORMS = ("score", "mean")
-WORDS = ("prediction", "variance", "classifier_form")
+WORDS = ("prediction", "variance", "classifier_form", "foreign")
 
 
 def _zero() -> Array:
@@ -43,6 +43,9 @@ class StepTable:
     reverse_variance is stated by solvers of DDPM's kind, whose step is a Gaussian p(x' | x) that a classifier moves by
     its variance: that variance, in units of S where learned, c_noise^2 but for the last row, which has no noise and may
     have one. classifier_form tells how k_grad and c_grad were made; None: both are zero, see with_classifier.
+
+    foreign: somebody else's chain, kept for the sake of their images: a row need not start at the level where the one
+    before ended, nor the last one end clean. All other laws hold.
 
     Raises ValueError naming the first row that breaks a law.
     """
@@ -70,6 +73,7 @@ class StepTable:
     log_beta_tilde: Array = field(default_factory=_zero)
     reverse_variance: Array | None = None
     classifier_form: str | None = None
+    foreign: bool = False
 
     def __post_init__(self) -> None:
         rows = len(self.t)
@@ -110,9 +114,10 @@ class StepTable:
         self._law("the variance of x'", variance, expected, self.c_x0)
         self._law("alpha^2 + sigma^2 = 1", self.alpha**2 + self.sigma**2, 1)
         self._law("alpha_next^2 + sigma_next^2 = 1", self.alpha_next**2 + self.sigma_next**2, 1)
-        self._law("the next row starts where this one ends", self.alpha_next[:-1], self.alpha[1:])
-        self._law("the last row's alpha_next = 1", self.alpha_next[-1:], 1)
-        self._law("the last row adds no noise", self.c_noise[-1:], 0)
+        if not self.foreign:
+            self._law("the next row starts where this one ends", self.alpha_next[:-1], self.alpha[1:])
+            self._law("the last row's alpha_next = 1", self.alpha_next[-1:], 1)
+            self._law("the last row adds no noise", self.c_noise[-1:], 0)
         if self.c_hist[0] != 0 or self.c_hist[-1] != 0:
             raise ValueError("a table's first row has no history, and its last is first order: c_hist must be 0 there")
         if (self.log_beta < self.log_beta_tilde - 1e-12).any():
@@ -220,6 +225,12 @@ def _levels(schedule: Schedule, steps: Steps) -> tuple[Array, Array, Array]:
     return t, abar, np.append(abar[1:], 1.0)
 
 
+def _x0_max(clip_x0: bool, bound: float) -> Array:
+    if isinstance(bound, bool) or not isinstance(bound, int | float | np.floating) or not bound > 0:
+        raise ValueError(f"x0_max must be a number above 0, got {bound!r}")
+    return np.array([bound if clip_x0 else np.inf], dtype=np.float64)
+
+
 def ddim(
     schedule: Schedule,
     steps: Steps,
@@ -227,18 +238,36 @@ def ddim(
     prediction: str = "eps",
     eta: float = 0.0,
     clip_x0: bool = True,
+    x0_max: float = 1.0,
     eps: str = "x0",
+    stride: bool = False,
+    last: str = "clean",
 ) -> StepTable:
     """DDIM (2010.02502) equations 12 and 16; eta in [0, 1]: 0 is deterministic, 1 is DDPM with the small variance.
 
     eps="x0" derives eps again from the clipped x0, so clipping bends the direction too (guided-diffusion's way);
-    eps="network" keeps the network's own eps (diffusers' default). They differ only where x0 is clipped.
+    eps="network" keeps the network's own eps (diffusers' default). They differ only where x0 is clipped, which is to
+    [-x0_max, x0_max] where clip_x0 is True.
+
+    Two more are for the images of diffusers' DDIMScheduler, whose rows can miss one another. stride=True: a row's
+    output sits at t - T // rows, whatever the next time is, and is clean where that is negative.
+    last="first": where it would be clean it sits at t = 0 (set_alpha_to_one=False).
     """
     if isinstance(eta, bool) or not isinstance(eta, int | float | np.floating) or not 0 <= eta <= 1:
         raise ValueError(f"eta must be a number in [0, 1], got {eta!r}")
     if eps not in ("x0", "network"):
         raise ValueError(f"eps must be 'x0' or 'network', got {eps!r}")
+    if not isinstance(stride, bool):
+        raise TypeError(f"stride must be True or False, got {stride!r}")
+    if last not in ("clean", "first"):
+        raise ValueError(f"last must be 'clean' or 'first', got {last!r}")
     t, abar, abar_next = _levels(schedule, steps)
+    end = 1.0 if last == "clean" else schedule.alphas_cumprod[0]
+    abar_next = np.append(abar_next[:-1], end)
+    if stride:
+        before = t - schedule.num_train_timesteps // len(t)
+        abar_next = np.where(before < 0, end, schedule.abar(np.maximum(before, 0)))
+    own = abar_next[-1] == 1 and (abar_next[:-1] == abar[1:]).all()
     alpha, sigma, alpha_next, sigma_next = np.sqrt(abar), np.sqrt(1 - abar), np.sqrt(abar_next), np.sqrt(1 - abar_next)
     kind = named_prediction(prediction)
     k_x, k_out = kind.to_x0(alpha, sigma)
@@ -259,11 +288,12 @@ def ddim(
         sigma_next=sigma_next,
         k_x=k_x,
         k_out=k_out,
-        x0_max=np.array([1.0 if clip_x0 else np.inf]),
+        x0_max=_x0_max(clip_x0, x0_max),
         c_x=c_x,
         c_x0=c_x0,
         c_out=c_out,
         c_noise=noise,
+        foreign=not own,
     )
 
 
@@ -274,12 +304,13 @@ def ddpm(
     prediction: str = "eps",
     variance: str = "fixed_small",
     clip_x0: bool = True,
+    x0_max: float = 1.0,
 ) -> StepTable:
     """DDPM (2006.11239) equation 7 on the respaced chain, whose betas are 1 - abar / abar_next.
 
     variance: "fixed_small" is beta tilde, "fixed_large" beta, "learned_range" interpolates between their logarithms by
     the network's v (2102.09672 equation 15). No noise in the last row; its variance, by which a classifier moves it, is
-    0, the clipped beta tilde, or learned.
+    0, the clipped beta tilde, or learned. x0 is clipped to [-x0_max, x0_max] where clip_x0 is True.
     """
     if variance not in ("fixed_small", "fixed_large", "learned_range"):
         raise ValueError(f"variance must be 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
@@ -304,7 +335,7 @@ def ddpm(
         sigma_next=np.sqrt(1 - abar_next),
         k_x=k_x,
         k_out=k_out,
-        x0_max=np.array([1.0 if clip_x0 else np.inf]),
+        x0_max=_x0_max(clip_x0, x0_max),
         c_x=np.sqrt(1 - beta) * (1 - abar_next) / (1 - abar),
         c_x0=np.sqrt(abar_next) * beta / (1 - abar),
         c_noise=np.append(np.sqrt(reverse_variance[:-1]), 0.0),

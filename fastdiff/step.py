@@ -322,7 +322,16 @@ class Step:
         )
 
     def evaluate(self, m: int) -> torch.Tensor:
-        """The network's output of N + m rows"""
+        """The network's output of N + m rows, those that guidance leads away from with its channels only"""
+        out = self._rows(m)
+        guided, channels, n = self.networks.guided_channels, self.networks.image_shape[0], self.shape.n
+        if guided is None or not m:
+            return out
+        # (1 + w) * c - w * c is c
+        null = torch.cat((out[n:, :guided], out[:m, guided:channels], out[n:, channels:]), 1)
+        return torch.cat((out[:n], null))
+
+    def _rows(self, m: int) -> torch.Tensor:
         n, learned = self.shape.n, self.shape.learned
         if self.null_part is None or not m:
             live = n + m

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "placement": {"classifier", "diffusion_model"},
     "cuda_graph": set(),
     "request": {
-        *("checkpoint", "classifier", "diffusion_model", "guidance", "noise", "schedule", "solvers", "step"),
+        *("loading", "classifier", "diffusion_model", "guidance", "noise", "schedule", "solvers", "step"),
     },
     "networks": {"classifier", "diffusion_model", "placement"},
     "step": {"cuda_graph", "diffusion_model", "guidance", "networks", "solvers", KERNELS},
@@ -36,9 +36,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
     "checkpoint": {"atomic", "classifier", "diffusion_model", "manifest", "placement"},
     "hub": {"checkpoint", "manifest"},
-    "convert": {"diffusion_model", "model", "schedule"},
+    "convert": {
+        *("diffusion_model", "model", "schedule"),
+        *("atomic", "checkpoint", "classifier", "manifest", "placement"),
+    },
+    "loading": {"checkpoint", "classifier", "convert", "diffusion_model", "hub"},
     "sampler": {
-        *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
+        *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "loading", KERNELS),
         *("request", "step", "cuda_graph", "classifier", "networks"),
     },
     "training": {

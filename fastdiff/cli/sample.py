@@ -59,7 +59,7 @@ class Sample:
     their labels (arr_1), unless --labels says others."""
     steps: Annotated[str, option("STEPS")] = "50"
     """N, ddimN, 10,15,20 (sections), leading:N, linspace:N or trailing:N."""
-    solver: Annotated[str, option("NAME")] = "ddim"
+    solver: Annotated[str | None, option("NAME", "the model's own, or ddim")] = None
     """One of fastdiff.SOLVERS; a wrong name lists them."""
     eta: Annotated[float | None, option("ETA", "0")] = None
     """Stochasticity of ddim, in [0, 1]."""
@@ -153,6 +153,7 @@ class Sample:
             "num_images": n,
             "w": w,
             **options,
+            "solver": self.solver or sampler.model.solver or "ddim",
             **(guide and guide | {"classifier_form": sampler.table.classifier_form}),
             **low_res_facts(self.low_res),
             "dtype": _plain(sampler.dtype),

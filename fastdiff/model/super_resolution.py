@@ -87,5 +87,12 @@ _TO_256 = SuperResolutionConfig(
 )
 UPSAMPLER_PRESETS: dict[str, SuperResolutionConfig] = {
     "upsampler-64-256": _TO_256,
-    "upsampler-128-512": dataclasses.replace(_TO_256, image_size=512, attention_resolutions=(32, 16), low_res_size=128),
+    "upsampler-128-512": dataclasses.replace(
+        _TO_256,
+        image_size=512,
+        attention_resolutions=(32, 16),
+        num_heads=None,
+        head_channels=64,
+        low_res_size=128,
+    ),
 }

@@ -1,6 +1,7 @@
 """What the networks of ADM share: the way down, the middle, and one modulation for all blocks (2105.05233)"""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Self, cast
 
@@ -24,6 +25,8 @@ class TrunkConfig:
     num_heads, head_channels: exactly one is set, the other None: a constant head count, or a constant head width.
     scale_shift: modulate by norm(h) * (1 + scale) + shift; otherwise the embedding is added before the norm.
     resblock_updown: resample inside a ResBlock; otherwise by convolution (conv_resample) or by pooling and copying.
+    time_scale: what t is multiplied by on its way in: 1000 / T for a network that was trained with improved-diffusion's
+        rescale_timesteps.
     gradient_checkpointing: keep no activations inside blocks, recompute them in the backward pass.
     """
 
@@ -42,6 +45,7 @@ class TrunkConfig:
     scale_shift: bool = True
     groups: int = 32
     gradient_checkpointing: bool = False
+    time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attention_resolutions"):
@@ -59,6 +63,9 @@ class TrunkConfig:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        scale = self.time_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise ValueError(f"time_scale must be a positive number, got {scale!r}")
         if not self.channel_mult or any(
             isinstance(m, bool) or not isinstance(m, int | float) or m <= 0 for m in self.channel_mult
         ):
@@ -126,11 +133,21 @@ class TrunkConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """The config of a to_dict; ValueError lists unknown and missing keys"""
+        # files may be older than the field
+        fields = {"time_scale": 1.0, **fields}
         expected = {f.name for f in dataclasses.fields(cls)}
         unknown, missing = sorted(set(fields) - expected), sorted(expected - set(fields))
         if unknown or missing:
             raise ValueError(f"{cls.__name__} has unknown keys {unknown} and lacks keys {missing}")
         return cls(**fields)
+
+
+def channel_multiple(width: int, channels: int) -> float:
+    """m with int(m * channels) == width, an int where there is one"""
+    if width % channels == 0:
+        return width // channels
+    ratio = width / channels
+    return ratio if int(ratio * channels) == width else math.nextafter(ratio, math.inf)
 
 
 def check_positive(name: str, value: object) -> None:
@@ -219,6 +236,8 @@ class Trunk(nn.Module):
 
     def _embedded_time(self, t: torch.Tensor) -> torch.Tensor:
         """t: (B,), fractional allowed -> (B, 4 * channels)"""
+        # no product where it changes nothing: t may be a captured graph's
+        t = t if self.config.time_scale == 1 else t * self.config.time_scale
         features = timestep_embedding(t, self.config.channels)
         return self.time_embed(features.to(self.mod.weight.dtype))
 

@@ -1,0 +1,120 @@
+"""fastdiff.load: one door for every kind of checkpoint, which looks at what is there and hands it to its reader"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdiff import checkpoint
+from fastdiff.checkpoint import BUNDLED, BUNDLED_CLASSIFIERS, CheckpointError
+from fastdiff.classifier import Classifier
+from fastdiff.diffusion_model import DiffusionModel
+from fastdiff.hub import is_name, snapshot
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["kind_of_source", "load", "load_classifier", "local_path"]
+
+
+def load(
+    src: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
+    **flags: Any,
+) -> DiffusionModel:
+    """The model of a checkpoint, checked in full: every key and shape, finite weights, sha256 where one is recorded.
+
+    src: a bundled name ("digits"; write "./digits" or a Path for a folder of that name);
+        a folder of fastdiff, or of diffusers (a pipeline's, or its unet's or transformer's);
+        a file with a state dict of guided-diffusion or improved-diffusion (.pt, .pth, .ckpt, .bin, .safetensors);
+        "org/name" of the Hugging Face Hub, where no such path exists: safetensors only, but "org/name:file.pt" is that
+        file, and "org/name@revision" that revision.
+    device: where the parameters go; None is the CPU.
+    dtype: what they become, and the recorded compute dtype of the model returned; None is the dtype that the checkpoint
+        records (for float16 on a CPU float32), or that of its stored weights where it records none.
+    allow_nonfinite: load NaN and infinite weights all the same.
+    flags: what a foreign checkpoint does not tell; errors name what is missing. guided-diffusion's are those of
+        fastdiff.convert.guided_diffusion.Flags, diffusers' those of fastdiff.convert.diffusers_folder.load_folder.
+    The network is in eval mode and channels_last. torch's random generators are left as they were.
+
+    Raises CheckpointError naming the path; ValueError or TypeError for the other arguments.
+    """
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "allow_nonfinite": allow_nonfinite, **flags}
+    model = _read(src, BUNDLED, options)
+    if isinstance(model, Classifier):
+        raise CheckpointError(f"{os.fspath(src)}: is a classifier's; fastdiff.load_classifier reads it")
+    return model
+
+
+def load_classifier(
+    src: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
+    **flags: Any,
+) -> Classifier:
+    """The noisy-image classifier of a checkpoint; arguments, checks, state and errors as for load.
+
+    src: the name of a bundled classifier ("digits"), a folder of fastdiff, a file of guided-diffusion, or "org/name".
+    """
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "allow_nonfinite": allow_nonfinite, **flags}
+    model = _read(src, BUNDLED_CLASSIFIERS, options)
+    if isinstance(model, DiffusionModel):
+        raise CheckpointError(f"{os.fspath(src)}: is a diffusion model's; fastdiff.load reads it")
+    return model
+
+
+def local_path(src: str | os.PathLike[str]) -> Path:
+    """Where src lies on this machine, fetched from the Hub if it is an "org/name" and no path; else CheckpointError."""
+    path = Path(src)
+    if isinstance(src, str) and not os.path.lexists(path) and is_name(src):
+        return snapshot(src)
+    return path
+
+
+def kind_of_source(path: Path) -> str:
+    """What lies at a path: "fastdiff" (also where nothing does), "diffusers" or "guided-diffusion"."""
+    if path.is_file():
+        return "guided-diffusion"
+    if path.is_dir() and ((path / "model_index.json").is_file() or _is_diffusers(path / "config.json")):
+        return "diffusers"
+    return "fastdiff"
+
+
+def _is_diffusers(config: Path) -> bool:
+    """Whether a config is one that diffusers saved, however damaged: fastdiff's have no such key"""
+    try:
+        with open(config, "rb") as file:
+            return b'"_class_name"' in file.read(checkpoint.CONFIG_BYTES)
+    except OSError:
+        return False
+
+
+def _read(src: Any, bundled: dict[str, Path], options: dict[str, Any]) -> DiffusionModel | Classifier:
+    if not isinstance(src, str | os.PathLike) or src == "" or (isinstance(src, str) and src in bundled):
+        return _read_own(src, bundled, options)
+    path = local_path(src)
+    kind = kind_of_source(path)
+    if kind == "fastdiff":
+        # not the path of a bundled name, but the folder
+        return _read_own(path, bundled, options)
+    if kind == "guided-diffusion":
+        from fastdiff.convert.state_files import load_file
+
+        return load_file(path, **options)
+    from fastdiff.convert.diffusers_folder import load_folder
+
+    return load_folder(path, **options)
+
+
+def _read_own(src: Any, bundled: dict[str, Path], options: dict[str, Any]) -> DiffusionModel | Classifier:
+    own = {key: options.pop(key) for key in ("device", "dtype", "allow_nonfinite")}
+    if given := sorted(key for key, value in options.items() if value is not None):
+        raise ValueError(f"{given[0]} must be left out: a checkpoint of fastdiff tells all, got {options[given[0]]!r}")
+    read = checkpoint.load if bundled is BUNDLED else checkpoint.load_classifier
+    return read(src, **own)
