@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff import checkpoint
+from fastdiff import checkpoint, hub
 from fastdiff.checkpoint import BUNDLED, BUNDLED_CLASSIFIERS, CheckpointError
 from fastdiff.classifier import Classifier
 from fastdiff.diffusion_model import DiffusionModel
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["kind_of_source", "load", "load_classifier", "local_path"]
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w./-]+)?")
 
 
 def load(
@@ -74,10 +71,8 @@ def load_classifier(
 def local_path(src: str | os.PathLike[str]) -> Path:
     """Where src lies on this machine, fetched from the Hub if it is an "org/name" and no path; else CheckpointError."""
     path = Path(src)
-    if isinstance(src, str) and not os.path.lexists(path) and _HUB_NAME.fullmatch(src):
-        from fastdiff.hub import snapshot
-
-        return snapshot(src)
+    if isinstance(src, str) and not os.path.lexists(path) and hub.is_name(src):
+        return hub.snapshot(src)
     return path
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from published.weights import inputs, spread, weights
+from published.weights import inputs, noise, spread, weights
 
-from fastdiff import Classifier, DiffusionModel
+from fastdiff import Classifier, DiffusionModel, sample
 from fastdiff.convert.guided_diffusion import model_from_guided_diffusion, state_to_guided_diffusion
 from fastdiff.convert.published import PUBLISHED
 from fastdiff.convert.shapes import readings, shown
@@ -20,6 +20,7 @@ from fastdiff.model import EncoderUNet, SuperResolutionUNet, UNet
 FACTS = Path(__file__).parent / "published"
 CHECKPOINTS = json.loads(gzip.decompress((FACTS / "keys.json.gz").read_bytes()))
 NETWORKS: dict[str, Any] = json.loads((FACTS / "networks.json").read_text())
+TRAJECTORIES: dict[str, Any] = json.loads((FACTS / "trajectories.json").read_text())
 OTHER = {"legacy": "new", "new": "legacy"}
 
 
@@ -74,6 +75,29 @@ def test_the_wrong_order_of_qkv_is_far_off(name: str) -> None:
     order = OTHER[record["attention_order"]]
     model = model_from_guided_diffusion(state_of(name), **flags_of(record, attention_order=order))
     assert (outputs(model, record, torch.float32) - torch.tensor(record["float32"])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 3e-5)])
+@pytest.mark.parametrize("name", [name for name, record in TRAJECTORIES.items() if "network" in record["config"]])
+def test_whole_trajectories_of_the_original_networks(name: str, dtype: str, tolerance: float) -> None:
+    """Network, tables and loop together, from a state dict alone; float32 has the original's own rounding in it"""
+    record, config = TRAJECTORIES[name], TRAJECTORIES[name]["config"]
+    network = NETWORKS[config["network"]]
+    flags = {"schedule": config["schedule"], "num_train_timesteps": config["diffusion_steps"]}
+    model = model_from_guided_diffusion(state_of(config["network"]), **flags_of(network, **flags))
+    assert isinstance(model, DiffusionModel) and model.variance == config["variance"]
+    x_T, drawn = noise(record["seed"], record["rows"], record["shape"])
+    images = sample(
+        model,
+        record["y"],
+        steps=config["respacing"],
+        solver={"p_sample_loop": "ddpm", "ddim_sample_loop": "ddim"}[config["sampler"]],
+        x_T=x_T.to(getattr(torch, dtype)),
+        noise=drawn.to(getattr(torch, dtype)),
+        dtype=dtype,
+    )
+    expected = torch.tensor(record[dtype], dtype=images.dtype)
+    assert (images.flatten()[spread(images.numel())] - expected).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("order", sorted(OTHER))

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("atomic", "checkpoint", "classifier", "manifest", "placement"),
     },
     "loading": {"checkpoint", "classifier", "convert", "diffusion_model", "hub"},
+    "hub": {"checkpoint", "manifest"},
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "loading", KERNELS),
         *("request", "step", "cuda_graph", "classifier", "networks"),
@@ -54,7 +55,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}
-ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}
+ONLY_IN = {
+    "tyro": {"cli"},
+    "diffusers": set(),
+    "huggingface_hub": {"hub"},
+    "triton": set(),
+    "sklearn": {"training", "evaluation"},
+}
 
 
 def room_of(path: Path) -> str:

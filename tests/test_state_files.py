@@ -216,7 +216,7 @@ def test_what_cannot_be_written(tmp_path: Path, state: dict[str, torch.Tensor]) 
     with pytest.raises(ValueError, match="attention_order must be 'legacy' or 'new'"):
         save_file(model, tmp_path / "out.pt")
     model.network = lambda x, t, y: x
-    with pytest.raises(TypeError, match="model.network must be a module"):
+    with pytest.raises(TypeError, match=r"model\.network must be a module"):
         save_file(model, tmp_path / "out.pt", attention_order="new")
     with pytest.raises(TypeError, match="model must be a DiffusionModel or a Classifier"):
         save_file(state, tmp_path / "out.pt", attention_order="new")  # type: ignore[arg-type]
