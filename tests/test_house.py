@@ -36,6 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
     "checkpoint": {"atomic", "classifier", "diffusion_model", "manifest", "placement"},
     "convert": {"diffusion_model", "model", "schedule"},
+    "integrations": {
+        *("sampler", "solvers", "schedule", "diffusion_model", "guidance", "noise", "convert", KERNELS),
+        "prediction",
+    },
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
         *("request", "step", "cuda_graph", "classifier", "networks"),
@@ -50,7 +54,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}
-ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}
+ONLY_IN = {
+    "tyro": {"cli"},
+    "diffusers": {"cli", "integrations"},
+    "triton": set(),
+    "sklearn": {"training", "evaluation"},
+}
 
 
 def room_of(path: Path) -> str:
