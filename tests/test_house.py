@@ -41,6 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "loading": {"checkpoint", "classifier", "convert", "diffusion_model", "hub"},
     "hub": {"checkpoint", "manifest"},
+    "integrations": {
+        *("sampler", "solvers", "schedule", "diffusion_model", "guidance", "noise", "convert", KERNELS),
+        "prediction",
+    },
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "loading", KERNELS),
         *("request", "step", "cuda_graph", "classifier", "networks"),
@@ -57,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 FREE = {"cli", "doctor", "__init__", "__main__"}
 ONLY_IN = {
     "tyro": {"cli"},
-    "diffusers": set(),
+    "diffusers": {"cli", "integrations"},
     "huggingface_hub": {"hub"},
     "triton": set(),
     "sklearn": {"training", "evaluation"},
