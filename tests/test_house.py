@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {KERNELS},
     "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
     "checkpoint": {"atomic", "classifier", "diffusion_model", "manifest", "placement"},
-    "convert": {"diffusion_model", "model", "schedule"},
+    "convert": {"diffusion_model", "manifest", "model", "schedule"},
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
         *("request", "step", "cuda_graph", "classifier", "networks"),
