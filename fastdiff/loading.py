@@ -97,19 +97,19 @@ def _is_diffusers(config: Path) -> bool:
 
 def _read(src: Any, bundled: Mapping[str, Path], own: Callable[..., Any], options: dict[str, Any]) -> Any:
     """own: reads fastdiff's checkpoints; whose name is bundled, and what is no path at all, is for it to tell"""
-    is_path = isinstance(src, str | os.PathLike) and src != "" and not (isinstance(src, str) and src in bundled)
-    path = local_path(src) if is_path else None
-    kind = "fastdiff" if path is None else kind_of_source(path)
-    if kind == "guided-diffusion":
-        from fastdiff.convert.state_files import load_file
+    if isinstance(src, str | os.PathLike) and src != "" and not (isinstance(src, str) and src in bundled):
+        # a path, so that it cannot be taken for a bundled name
+        src = local_path(src)
+        kind = kind_of_source(src)
+        if kind == "guided-diffusion":
+            from fastdiff.convert.state_files import load_file
 
-        return load_file(path, **options)
-    if kind == "diffusers":
-        from fastdiff.convert.diffusers_folder import load_folder
+            return load_file(src, **options)
+        if kind == "diffusers":
+            from fastdiff.convert.diffusers_folder import load_folder
 
-        return load_folder(path, **options)
+            return load_folder(src, **options)
     for flag in sorted(options.keys() - {"device", "dtype", "allow_nonfinite"}):
         if (value := options.pop(flag)) is not None:
             raise ValueError(f"{flag} must be left out: a checkpoint of fastdiff tells all, got {value!r}")
-    # a path, so that it cannot be taken for a bundled name
-    return own(src if path is None else path, **options)
+    return own(src, **options)
