@@ -60,12 +60,18 @@ _HOMES = {
     "save": "checkpoint",
     "to_uint8": "images",
 }
+# What diffusers looks for here, and only where it asks: a pipeline that was saved with a scheduler of ours inside names
+# this package, and SchedulerMixin must be found beside its class
+_FOR_DIFFUSERS = dict.fromkeys(
+    ("FusedDDIMScheduler", "FusedDDPMScheduler", "SchedulerMixin"), "integrations.diffusers.schedulers"
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    homes = _HOMES | _FOR_DIFFUSERS
+    if name not in homes:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fastdiff.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"fastdiff.{homes[name]}"), name)
     globals()[name] = value
     return value
 

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["locked", "made", "replace", "sweep"]
+__all__ = ["locked", "made", "replace", "replace_all", "sweep"]
 
 _TEMPORARY = re.compile(r"\.tmp-\d+-[0-9a-f]{8}-(.+)")
 _LOCK_SECONDS = 60.0
@@ -23,23 +23,65 @@ _LOCK_SECONDS = 60.0
 
 def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
     """path holds data, or what it held before; no temporary is left but by a kill. durable: on the disk at return."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    temporary = _temporary(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        _write(temporary, data, durable)
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # writing, unlike opening, names no file
+        _name(error, path)
         raise
     if durable:
         # the new name must be on the disk before anything that relies on it, or before what it replaces goes
         _sync(path.parent)
+
+
+def replace_all(files: Mapping[Path, bytes], remove: Iterable[Path] = ()) -> None:
+    """All the paths hold their data, durably, and those to remove are gone; the last path makes a whole of them.
+
+    The last one is away while the others change, so that a kill leaves the old whole, the new one, or none. Whatever
+    can fail for want of space does so before, and changes nothing.
+    """
+    *parts, whole = files
+    temporaries = {path: _temporary(path) for path in files}
+    path = whole
+    try:
+        for path, data in files.items():
+            _write(temporaries[path], data, durable=True)
+        whole.unlink(missing_ok=True)
+        _sync(whole.parent)
+        for path in parts:
+            os.replace(temporaries[path], path)
+        for path in remove:
+            path.unlink(missing_ok=True)
+        for folder in {path.parent for path in parts}:
+            _sync(folder)
+        os.replace(temporaries[whole], whole)
+    except BaseException as error:
+        for temporary in temporaries.values():
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        _name(error, path)
+        raise
+    _sync(whole.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def _name(error: BaseException, path: Path) -> None:
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)  # writing, unlike opening, names no file
+
+
+def _write(path: Path, data: bytes, durable: bool) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

@@ -177,7 +177,7 @@ def _refuse_without_weights(known: Mapping[str, str]) -> None:
     others = listed(path for path in known if path.endswith(".safetensors"))
     raise ValueError(
         f"holds no weights where fastdiff looks for them, which is {', '.join(_MODELS)} and a checkpoint of its own; "
-        f"'org/name:file' fetches one file; there are safetensors [{others}] and pickles [{pickles}]"
+        f"one file is fetched by its name, 'org/name:file'; safetensors there: [{others}], pickles: [{pickles}]"
     )
 
 

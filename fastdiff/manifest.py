@@ -23,7 +23,7 @@ from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.placement import DTYPES
 from fastdiff.schedule import SCHEDULES, Schedule
 
-__all__ = ["CONFIG_BYTES", "SECTIONS", "Blueprint", "Manifest", "NetworkType", "listed", "networks"]
+__all__ = ["CONFIG_BYTES", "SECTIONS", "Blueprint", "Manifest", "NetworkType", "listed", "networks", "strict_json"]
 
 CONFIG_BYTES = 2**20
 # in place of each other: what a model is beside its network
@@ -131,7 +131,7 @@ class Manifest:
             raise ValueError(
                 f"the config has {len(text)} bytes, at most {CONFIG_BYTES} are allowed; shorten provenance"
             )
-        config = json.loads(text.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        config = strict_json(text)
         if not isinstance(config, dict) or type(version := config.get("format")) is not int:
             raise ValueError("is not the config of a fastdiff checkpoint: it has no format number")
         if version != _FORMAT:
@@ -170,6 +170,11 @@ class Manifest:
             return (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"name and provenance must be JSON's own types: {error}") from error
+
+
+def strict_json(text: bytes) -> Any:
+    """What the text says, with no key twice and no number that is not finite; ValueError otherwise."""
+    return json.loads(text.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
 
 
 def listed(keys: Iterable[str], most: int = 8) -> str:

@@ -35,12 +35,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {KERNELS},
     "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
     "checkpoint": {"atomic", "classifier", "diffusion_model", "manifest", "placement"},
-    "hub": {"checkpoint", "manifest"},
     "convert": {
         *("diffusion_model", "model", "schedule"),
         *("atomic", "checkpoint", "classifier", "manifest", "placement"),
     },
     "loading": {"checkpoint", "classifier", "convert", "diffusion_model", "hub"},
+    "hub": {"checkpoint", "manifest"},
+    "integrations": {
+        *("sampler", "solvers", "schedule", "diffusion_model", "guidance", "noise", "convert", KERNELS),
+        "prediction",
+    },
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "loading", KERNELS),
         *("request", "step", "cuda_graph", "classifier", "networks"),
@@ -57,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 FREE = {"cli", "doctor", "__init__", "__main__"}
 ONLY_IN = {
     "tyro": {"cli"},
-    "diffusers": set(),
+    "diffusers": {"cli", "integrations"},
     "huggingface_hub": {"hub"},
     "triton": set(),
     "sklearn": {"training", "evaluation"},

@@ -22,7 +22,7 @@ FLAGS = (
     *("rescale_timesteps", "dtype", "low_res_size", "image_channels", "num_blocks", "num_classes", "prediction"),
     "variance",
 )
-ASKED = "the published network's; asked for if it is none"
+ASKED = "the published network's, else asked for"
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,21 @@
 """Weights of diffusers' UNet2DModel, both ways; reads configs and state dicts, never imports diffusers
 
 The two networks compute the same function. Names differ; to_q, to_k and to_v are one qkv here, and the time_emb_proj
-of all blocks are one `mod`.
+of all blocks are one `mod`. Where theirs has no attention in the middle, ours has one whose weights are all zero.
 """
 
-import math
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from fastdiff.convert.diffusers_config import config_from_diffusers, config_to_diffusers, has_middle_attention
+from fastdiff.manifest import listed
 from fastdiff.model import SuperResolutionUNet, UNet, UNetConfig
 from fastdiff.model.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 
-# UNet2DModel's defaults: a config of the Hub may leave keys out
-_DEFAULTS: dict[str, Any] = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (224, 448, 672, 896),
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "dropout": 0.0,
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "num_train_timesteps": None,
-}
-# What fastdiff's UNet does always
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False,),
-    "time_embedding_type": ("positional",),
-    "freq_shift": (0,),
-    "flip_sin_to_cos": (True,),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "mid_block_scale_factor": (1,),
-    "act_fn": ("silu", "swish"),
-    "norm_eps": (1e-5,),
-    "add_attention": (True,),
-    "class_embed_type": (None,),
-    "resnet_time_scale_shift": ("scale_shift", "default"),
-    "downsample_type": ("resnet", "conv"),
-}
-_PLAIN_BLOCKS = {True: ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), False: ("DownBlock2D", "UpBlock2D")}
 _RES_BLOCK = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -74,6 +30,8 @@ _ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+# of diffusers' first releases; theirs renames as it loads
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def unet_from_diffusers(
@@ -84,27 +42,27 @@ def unet_from_diffusers(
     config, state_dict: `model.config` and `model.state_dict()`, or config.json and the weights file's contents. Keys
     left out of config have UNet2DModel's defaults. image_size: for a config whose sample_size is None.
     The network has the weights' dtype, is on the CPU, in eval mode, and shares no memory with state_dict.
-    ValueError: a config that UNet cannot hold (key, expected, got); missing, extra or mis-shaped weights.
+    ValueError or TypeError: a config that UNet cannot hold (key, expected, got); missing, extra or mis-shaped weights.
     """
+    ours, weights = config_from_diffusers(config, image_size), _renamed(state_dict)
+    # a lying config must not grow the network for ever: each block has tensors of its own
+    if (blocks := ours.num_blocks * len(ours.widths)) > len(weights):
+        raise ValueError(f"state_dict has {len(weights)} tensors, too few for {blocks} blocks of layers_per_block")
     with torch.device("meta"):
-        unet = UNet(_config_from_diffusers(config, image_size))
-    layout = _layout(unet)
-    shapes = {key: shape for part in layout.values() for key, shape in part.items()}
-    missing, extra = sorted(set(shapes) - set(state_dict)), sorted(set(state_dict) - set(shapes))
-    if missing or extra:
-        raise ValueError(f"state_dict lacks keys {missing} and has unexpected keys {extra} for this config")
-    for key, shape in shapes.items():
-        if tuple(state_dict[key].shape) != shape:
-            raise ValueError(f"state_dict[{key!r}] must have shape {shape}, got {tuple(state_dict[key].shape)}")
-    dtypes = {value.dtype for value in state_dict.values()}
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        raise ValueError(
-            f"state_dict must have one floating-point dtype, got {sorted(map(str, dtypes))}; cast it first"
-        )
-    unet = unet.to(dtypes.pop()).to_empty(device="cpu")
+        unet = UNet(ours)
+    layout = _layout(unet, middle_attention=has_middle_attention(config))
+    _check_weights(weights, {key: shape for part in layout.values() for key, shape in part.items()})
+    unet = unet.to(next(iter(weights.values())).dtype).to_empty(device="cpu")
+    if not config.get("flip_sin_to_cos", True):
+        # theirs has the sines first
+        key = "time_embedding.linear_1.weight"
+        weights[key] = weights[key].roll(ours.channels // 2, dims=1)
     for name, parameter in unet.named_parameters():
-        rows = torch.cat([state_dict[key] for key in layout[name]])
-        parameter.data.copy_(rows.reshape(parameter.shape))
+        if layout[name]:
+            rows = torch.cat([weights[key] for key in layout[name]])
+            parameter.data.copy_(rows.reshape(parameter.shape))
+        else:
+            parameter.data.zero_()
     return unet.eval()
 
 
@@ -112,12 +70,13 @@ def unet_to_diffusers(unet: UNet) -> tuple[dict[str, Any], dict[str, torch.Tenso
     """Config and state dict of the UNet2DModel that computes what this UNet computes
 
     UNet2DModel(**config).load_state_dict(state_dict) takes them; the tensors are copies.
-    ValueError: channel_mult[0] other than 1, pooled resampling without ResBlocks, or a head count over several widths.
+    ValueError: channel_mult[0] or time_scale other than 1, pooled resampling without ResBlocks, or a head count over
+    several widths.
     TypeError: a SuperResolutionUNet, whose second image UNet2DModel does not take.
     """
     if isinstance(unet, SuperResolutionUNet):
         raise TypeError("unet must be a UNet, got SuperResolutionUNet: UNet2DModel takes no low_res")
-    config = _config_to_diffusers(unet.config)
+    config = config_to_diffusers(unet.config)
     weights, theirs = unet.state_dict(), {}
     for name, shapes in _layout(unet).items():
         rows = weights[name].split([shape[0] for shape in shapes.values()])
@@ -126,128 +85,35 @@ def unet_to_diffusers(unet: UNet) -> tuple[dict[str, Any], dict[str, torch.Tenso
     return config, theirs
 
 
-def _config_from_diffusers(given: Mapping[str, Any], image_size: int | None) -> UNetConfig:
-    if given.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"_class_name must be 'UNet2DModel', got {given['_class_name']!r}")
-    unknown = sorted(key for key in given if key not in _DEFAULTS and not key.startswith("_"))
-    if unknown:
-        raise ValueError(f"config has unknown keys {unknown}; known are {sorted(_DEFAULTS)}")
-    config = {**_DEFAULTS, **{key: value for key, value in given.items() if key in _DEFAULTS}}
-    for key, allowed in _FIXED.items():
-        _expect(config, key, *allowed)
-    widths, updown = tuple(config["block_out_channels"]), config["downsample_type"] == "resnet"
-    if not widths:
-        raise ValueError("block_out_channels must name at least one width, got none")
-    scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
-    groups = config["norm_num_groups"]
-    _expect(config, "upsample_type", config["downsample_type"])
-    _expect(config, "downsample_padding", *((config["downsample_padding"],) if updown else (1,)))
-    _expect(config, "time_embedding_dim", None, 4 * widths[0])
-    # Without a group count UNet2DModel's middle attention has a norm only in the "default" mode
-    _expect(config, "attn_norm_num_groups", groups, *(() if scale_shift else (None,)))
-    side = _image_size(config["sample_size"], image_size)
-    attention = _attention_levels(config, len(widths), updown)
-    head_dim = config["attention_head_dim"]
-    return UNetConfig(
-        image_size=side,
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        channels=widths[0],
-        channel_mult=tuple(_multiple(width, widths[0]) for width in widths),
-        num_blocks=config["layers_per_block"],
-        attention_resolutions=tuple(side // 2**level for level in attention),
-        num_heads=1 if head_dim is None else None,
-        head_channels=head_dim,
-        num_labels=config["num_class_embeds"],
-        dropout=config["dropout"],
-        resblock_updown=updown,
-        scale_shift=scale_shift,
-        groups=groups,
-    )
+def _renamed(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Its tensors, under today's names where attention has those of diffusers' first releases."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
+    renamed = {}
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise TypeError(f"state_dict must map names to tensors, got {key!r}: {type(value).__name__}")
+        module, _, leaf = key.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        today = f"{parent}.{_OLD_ATTENTION[last]}.{leaf}" if last in _OLD_ATTENTION else key
+        renamed[key if today in state_dict else today] = value
+    return renamed
 
 
-def _config_to_diffusers(config: UNetConfig) -> dict[str, Any]:
-    widths = config.widths
-    if widths[0] != config.channels:
+def _check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing, extra = shapes.keys() - weights.keys(), weights.keys() - shapes.keys()
+    if missing or extra:
         raise ValueError(
-            f"channel_mult[0] must be 1, got {config.channel_mult[0]}: UNet2DModel derives the width of its time "
-            "embedding from the first level"
+            f"state_dict lacks keys [{listed(missing)}] and has unexpected keys [{listed(extra)}] for this config"
         )
-    if not (config.resblock_updown or config.conv_resample) and len(widths) > 1:
+    for key, shape in shapes.items():
+        if tuple(weights[key].shape) != shape:
+            raise ValueError(f"state_dict[{key!r}] must have shape {shape}, got {tuple(weights[key].shape)}")
+    dtypes = {value.dtype for value in weights.values()}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         raise ValueError(
-            "conv_resample must be True where resblock_updown is False, got False: UNet2DModel cannot pool alone"
+            f"state_dict must have one floating-point dtype, got {sorted(map(str, dtypes))}; cast it first"
         )
-    attention = [side in config.attention_resolutions for side in config.resolutions]
-    attended = {width for width, attends in zip(widths, attention, strict=True) if attends} | {widths[-1]}
-    head_dims = {width // config.heads(width) for width in attended}
-    if len(head_dims) > 1 and config.num_heads != 1:
-        raise ValueError(
-            f"num_heads must give one head width at all widths with attention {sorted(attended)}, got "
-            f"num_heads={config.num_heads}: UNet2DModel holds a constant attention_head_dim only"
-        )
-    down, up = _PLAIN_BLOCKS[config.resblock_updown]
-    resample = "resnet" if config.resblock_updown else "conv"
-    return {
-        **_DEFAULTS,
-        "sample_size": config.image_size,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "down_block_types": tuple("AttnDownBlock2D" if attends else down for attends in attention),
-        "up_block_types": tuple("AttnUpBlock2D" if attends else up for attends in reversed(attention)),
-        "block_out_channels": widths,
-        "layers_per_block": config.num_blocks,
-        "downsample_type": resample,
-        "upsample_type": resample,
-        "dropout": config.dropout,
-        "attention_head_dim": None if config.num_heads == 1 else head_dims.pop(),
-        "norm_num_groups": config.groups,
-        "attn_norm_num_groups": config.groups,
-        "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
-        "num_class_embeds": config.num_labels,
-    }
-
-
-def _expect(config: Mapping[str, Any], key: str, *allowed: Any) -> None:
-    if config[key] not in allowed:
-        raise ValueError(f"{key} must be {' or '.join(map(repr, allowed))} for fastdiff's UNet, got {config[key]!r}")
-
-
-def _image_size(sample_size: Any, image_size: int | None) -> int:
-    sides = {sample_size} if isinstance(sample_size, int) else set(sample_size or ())
-    if image_size is not None:
-        sides.add(image_size)
-    if len(sides) != 1:
-        raise ValueError(
-            f"sample_size must be one side, equal to image_size where both are given, got sample_size={sample_size!r} "
-            f"and image_size={image_size!r}; pass image_size for a config without sample_size"
-        )
-    return sides.pop()
-
-
-def _attention_levels(config: Mapping[str, Any], levels: int, updown: bool) -> list[int]:
-    """The levels with attention; ValueError unless both block lists agree with one another and with downsample_type"""
-    down, up = _PLAIN_BLOCKS[updown]
-    types = tuple(config["down_block_types"])
-    if len(types) != levels or not set(types) <= {down, "AttnDownBlock2D"}:
-        raise ValueError(
-            f"down_block_types must be {levels} of {down!r} and 'AttnDownBlock2D' for "
-            f"downsample_type={config['downsample_type']!r}, got {types}"
-        )
-    attention = [kind == "AttnDownBlock2D" for kind in types]
-    mirror = tuple("AttnUpBlock2D" if attends else up for attends in reversed(attention))
-    if tuple(config["up_block_types"]) != mirror:
-        raise ValueError(
-            f"up_block_types must mirror down_block_types, {mirror}, got {tuple(config['up_block_types'])}"
-        )
-    return [level for level, attends in enumerate(attention) if attends]
-
-
-def _multiple(width: int, channels: int) -> float:
-    """m with int(m * channels) == width"""
-    if width % channels == 0:
-        return width // channels
-    ratio = width / channels
-    return ratio if int(ratio * channels) == width else math.nextafter(ratio, math.inf)
 
 
 def _module_pairs(config: UNetConfig) -> Iterator[tuple[str, str]]:
@@ -279,8 +145,8 @@ def _module_pairs(config: UNetConfig) -> Iterator[tuple[str, str]]:
             n += 1
 
 
-def _layout(unet: UNet) -> dict[str, dict[str, tuple[int, ...]]]:
-    """For each of our parameters their keys and shapes, whose rows one after the other are ours"""
+def _layout(unet: UNet, *, middle_attention: bool = True) -> dict[str, dict[str, tuple[int, ...]]]:
+    """For each of our parameters their keys and shapes, whose rows one after the other are ours; none: zero"""
     renames: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _ENDS.items()}
     pairs = dict(_module_pairs(unet.config))
     for ours, theirs in pairs.items():
@@ -298,9 +164,12 @@ def _layout(unet: UNet) -> dict[str, dict[str, tuple[int, ...]]]:
     renames["mod"] = tuple(f"{pairs[block]}.time_emb_proj" for block, _ in unet.mod_layout)
     mod_rows = [rows for _, rows in unet.mod_layout]
 
-    layout = {}
+    layout: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, value in unet.state_dict().items():
         module_name, _, leaf = name.rpartition(".")
+        if module_name.startswith("middle_block.1.") and not middle_attention:
+            layout[name] = {}
+            continue
         theirs_all = renames[module_name]
         rows = mod_rows if module_name == "mod" else [value.shape[0] // len(theirs_all)] * len(theirs_all)
         # Our 1x1 convolutions over positions, (C_out, C, 1), are Linear there
