@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,6 +109,10 @@ def _read(src: Any, bundled: Mapping[str, Path], own: Callable[..., Any], option
         if kind == "diffusers":
             from fastdiff.convert.diffusers_folder import load_folder
 
+            known = inspect.signature(load_folder).parameters
+            if unknown := sorted(options.keys() - known):
+                flag = unknown[0]
+                raise ValueError(f"{flag} must be left out: a folder of diffusers tells it, got {options[flag]!r}")
             return load_folder(src, **options)
     for flag in sorted(options.keys() - {"device", "dtype", "allow_nonfinite"}):
         if (value := options.pop(flag)) is not None:

@@ -66,6 +66,12 @@ class Convert:
     """x0 for predict_xstart."""
     variance: Annotated[str | None, option("KIND", "fixed_large")] = None
     """fixed_small for sigma_small, where the variance is not learned."""
+    scheduler: Annotated[str | None, option("PATH", "the pipeline's")] = None
+    """Of diffusers: a folder with scheduler_config.json, for a network that was saved alone."""
+    variant: Annotated[str | None, option("NAME", "none")] = None
+    """Of diffusers: which of several files of weights, such as fp16."""
+    weights_file: Annotated[str | None, option("NAME", "safetensors")] = None
+    """Of diffusers: another file of weights; only so is a pickle (.bin) read."""
     storage_dtype: Annotated[str | None, option("DTYPE", "as they are")] = None
     """Of the weights that are written, fastdiff's only; float16 halves the file."""
     allow_nonfinite: bool = False
@@ -80,66 +86,73 @@ class Convert:
         to = self.to or ("guided-diffusion" if Path(self.dst).suffix in SUFFIXES else "fastdiff")
         if to not in KINDS:
             raise ValueError(f"--to must be one of {list(KINDS)}, got {to!r}")
+        if to != "fastdiff" and self.storage_dtype is not None:
+            raise ValueError(f"--storage-dtype must be left out where {to}'s files are written, as the weights are")
+        # before the weights are read, which takes its time
+        taken = Path(self.dst, {"fastdiff": "config.json", "diffusers": "model_index.json"}.get(to, ""))
+        if taken.exists() and not self.force:
+            raise ValueError(f"{taken} is there already; --force replaces it")
         model = self._read(to)
         print(_described(model), flush=True)
         print(self._write(model, to))
         return 0
-
-    def _flags(self) -> dict[str, Any]:
-        from fastdiff.placement import resolve_dtype
-
-        flags: dict[str, Any] = {name: getattr(self, name) for name in FLAGS if getattr(self, name) is not None}
-        if "dtype" in flags:
-            flags["dtype"] = resolve_dtype(flags["dtype"])
-        if "rescale_timesteps" in flags:
-            flags["rescale_timesteps"] = flags["rescale_timesteps"] == "yes"
-        return flags
 
     def _read(self, to: str) -> DiffusionModel | Classifier:
         """The model of SRC, its weights as they are stored"""
         from fastdiff import checkpoint
         from fastdiff.loading import kind_of_source, local_path
 
-        flags = self._flags()
         path = checkpoint.BUNDLED.get(self.src) or local_path(self.src)
         kind = kind_of_source(path)
+        if kind == "fastdiff":
+            facts = checkpoint.info(path)
         if kind == to:
             raise ValueError(f"SRC is {kind}'s already, as DST is to be; --to says what else to write")
         if kind == "guided-diffusion":
             from fastdiff.convert.state_files import read_model
 
-            return read_model(path, allow_nonfinite=self.allow_nonfinite, **flags)
+            return read_model(path, allow_nonfinite=self.allow_nonfinite, **self._flags(kind, FLAGS))
+        # what is written may need one
+        flags = self._flags(kind, ("num_classes", "image_size") if kind == "diffusers" else (), leave=to)
         if kind == "diffusers":
             from fastdiff.convert.diffusers_folder import load_folder
 
+            flags |= {name: getattr(self, name) for name in ("scheduler", "variant", "weights_file")}
             return load_folder(path, allow_nonfinite=self.allow_nonfinite, **flags)
-        if given := sorted(flags.keys() - ({"attention_order"} if to == "guided-diffusion" else set())):
-            raise ValueError(f"--{given[0].replace('_', '-')} must be left out: a checkpoint of fastdiff tells all")
-        facts = checkpoint.info(path)
-        load = checkpoint.load_classifier if "classifier" in facts["config"] else checkpoint.load
-        (stored,) = facts["storage"] if len(facts["storage"]) == 1 else ("float32",)
         from fastdiff.placement import DTYPES
 
+        load = checkpoint.load_classifier if "classifier" in facts["config"] else checkpoint.load
+        stored = facts["storage"][0] if len(facts["storage"]) == 1 else "float32"
         return load(path, dtype=DTYPES[stored], allow_nonfinite=self.allow_nonfinite)
 
-    def _write(self, model: Any, to: str) -> Path:
-        from fastdiff import checkpoint
+    def _flags(self, kind: str, taken: tuple[str, ...], leave: str = "") -> dict[str, Any]:
+        """Those given, of which SRC takes the ones named; leave: what is written, which may take the order"""
         from fastdiff.placement import resolve_dtype
 
-        if to == "fastdiff":
-            storage = resolve_dtype(self.storage_dtype)
-            return checkpoint.save(model, self.dst, overwrite=self.force, storage_dtype=storage)
-        if self.storage_dtype is not None:
-            raise ValueError(
-                f"--storage-dtype must be left out where {to}'s files are written, which are as the model is"
-            )
+        flags: dict[str, Any] = {name: getattr(self, name) for name in FLAGS if getattr(self, name) is not None}
+        if leave == "guided-diffusion":
+            flags.pop("attention_order", None)
+        if told := sorted(flags.keys() - set(taken)):
+            raise ValueError(f"--{told[0].replace('_', '-')} must be left out: a checkpoint of {kind} tells it")
+        if "dtype" in flags:
+            flags["dtype"] = resolve_dtype(flags["dtype"])
+        if "rescale_timesteps" in flags:
+            flags["rescale_timesteps"] = flags["rescale_timesteps"] == "yes"
+        return flags
+
+    def _write(self, model: Any, to: str) -> Path:
         if to == "guided-diffusion":
             from fastdiff.convert.state_files import save_file
 
             return save_file(model, self.dst, attention_order=self.attention_order, overwrite=self.force)
-        from fastdiff.convert.diffusers_folder import save_folder
+        if to == "diffusers":
+            from fastdiff.convert.diffusers_folder import save_folder
 
-        return save_folder(model, self.dst, overwrite=self.force)
+            return save_folder(model, self.dst, overwrite=self.force)
+        from fastdiff.checkpoint import save
+        from fastdiff.placement import resolve_dtype
+
+        return save(model, self.dst, overwrite=self.force, storage_dtype=resolve_dtype(self.storage_dtype))
 
 
 def _described(model: DiffusionModel | Classifier) -> str:

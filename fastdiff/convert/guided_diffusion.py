@@ -135,6 +135,8 @@ def model_from_guided_diffusion(
     if classes != rows and (rows is None or classes != rows - 1):
         asked = "left out, for it has no labels" if rows is None else f"{rows} or, with a null label, {rows - 1}"
         raise ValueError(f"num_classes must be {asked}, got {classes!r}")
+    if learned and "variance" in flags:
+        raise ValueError(f"variance must be left out: the network learned one, got {flags['variance']!r}")
     return DiffusionModel(
         network,
         schedule,

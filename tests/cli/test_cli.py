@@ -29,7 +29,7 @@ from fastdiff.training import npz
 
 COMMANDS = {
     **{"sample": cli.Sample, "train": cli.Train, "plot": cli.Plot, "evaluate": cli.Evaluate},
-    **{"info": cli.Info, "doctor": cli.Doctor},
+    **{"info": cli.Info, "doctor": cli.Doctor, "convert": cli.Convert},
 }
 
 
@@ -61,8 +61,8 @@ def test_help_tells_of_every_option(command: str, capsys: pytest.CaptureFixture[
     assert stop.value.code == 0
     for field in fields:
         option = f"--{field.name.replace('_', '-')}"
-        assert option in text or field.name in ("model", "path", "runs")
-    assert "[MODEL" in text or command in ("train", "plot")
+        assert option in text or field.name in ("model", "path", "runs", "src", "dst")
+    assert "[MODEL" in text or command in ("train", "plot", "convert")
     assert "None" not in text, "a default that says nothing"
 
 
