@@ -1,4 +1,4 @@
-"""Folders of diffusers: what a stock pipeline saves is read and sampled alike, what it reads is written, damage is named"""
+"""Folders of diffusers: a stock pipeline's is sampled alike, ours is a stock pipeline, and damage is named"""
 
 from __future__ import annotations
 
@@ -400,7 +400,9 @@ def test_the_class_of_a_folders_network(folder: Path) -> None:
     edit(folder / "model_index.json", unet=..., transformer=["diffusers", "DiTTransformer2DModel"])
     assert network_class(folder) == "DiTTransformer2DModel"
     edit(folder / "model_index.json", transformer=...)
-    refused(folder, "tells no network", by=network_class)
+    refused(folder, "unet must be a library's and a class's name", by=network_class)
+    edit(folder / "unet" / "config.json", _class_name=["UNet2DModel"])
+    refused(folder / "unet", "_class_name must be the name", by=network_class)
 
 
 def a_model(seed: int = 0, **options: Any) -> DiffusionModel:
