@@ -12,10 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdiff.checkpoint import CheckpointError, load, load_classifier, save
+    from fastdiff.checkpoint import CheckpointError, save
     from fastdiff.classifier import Classifier
     from fastdiff.diffusion_model import DiffusionModel
     from fastdiff.images import to_uint8
+    from fastdiff.loading import load, load_classifier
     from fastdiff.noise import image_seeds
     from fastdiff.placement import OutOfMemoryError
     from fastdiff.sampler import Cancelled, Sampler, sample
@@ -53,18 +54,24 @@ _HOMES = {
     "Schedule": "schedule",
     "StepTable": "solvers",
     "image_seeds": "noise",
-    "load": "checkpoint",
-    "load_classifier": "checkpoint",
+    "load": "loading",
+    "load_classifier": "loading",
     "sample": "sampler",
     "save": "checkpoint",
     "to_uint8": "images",
 }
+# What diffusers looks for here, and only where it asks: a pipeline that was saved with a scheduler of ours inside names
+# this package, and SchedulerMixin must be found beside its class
+_FOR_DIFFUSERS = dict.fromkeys(
+    ("FusedDDIMScheduler", "FusedDDPMScheduler", "SchedulerMixin"), "integrations.diffusers.schedulers"
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    homes = _HOMES | _FOR_DIFFUSERS
+    if name not in homes:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fastdiff.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"fastdiff.{homes[name]}"), name)
     globals()[name] = value
     return value
 

@@ -257,9 +257,10 @@ def _read(folder: Path, section: str | None = None) -> tuple[Manifest, Tensors]:
 
 
 def _regular_file(path: Path, most: int) -> bytes:
-    status = os.lstat(path)
+    # the Hub's cache holds links to its blobs
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("must be a regular file, not a link, folder or device")
+        raise ValueError("must be a regular file or a link to one, not a folder or device")
     if status.st_size > most:
         raise ValueError(f"has {status.st_size} bytes, at most {most} were expected")
     return path.read_bytes()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff import checkpoint
-from fastdiff.checkpoint import BUNDLED, BUNDLED_CLASSIFIERS, CheckpointError
+from fastdiff import checkpoint, hub
+from fastdiff.checkpoint import CheckpointError
 from fastdiff.classifier import Classifier
 from fastdiff.diffusion_model import DiffusionModel
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["kind_of_source", "load", "load_classifier", "local_path"]
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w./-]+)?")
 
 
 def load(
@@ -46,7 +44,7 @@ def load(
     Raises CheckpointError naming the path; ValueError or TypeError for the other arguments.
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "allow_nonfinite": allow_nonfinite, **flags}
-    model = _read(src, BUNDLED, options)
+    model = _read(src, checkpoint.BUNDLED, checkpoint.load, options)
     if isinstance(model, Classifier):
         raise CheckpointError(f"{os.fspath(src)}: is a classifier's; fastdiff.load_classifier reads it")
     return model
@@ -65,7 +63,7 @@ def load_classifier(
     src: the name of a bundled classifier ("digits"), a folder of fastdiff, a file of guided-diffusion, or "org/name".
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "allow_nonfinite": allow_nonfinite, **flags}
-    model = _read(src, BUNDLED_CLASSIFIERS, options)
+    model = _read(src, checkpoint.BUNDLED_CLASSIFIERS, checkpoint.load_classifier, options)
     if isinstance(model, DiffusionModel):
         raise CheckpointError(f"{os.fspath(src)}: is a diffusion model's; fastdiff.load reads it")
     return model
@@ -74,10 +72,8 @@ def load_classifier(
 def local_path(src: str | os.PathLike[str]) -> Path:
     """Where src lies on this machine, fetched from the Hub if it is an "org/name" and no path; else CheckpointError."""
     path = Path(src)
-    if isinstance(src, str) and not os.path.lexists(path) and _HUB_NAME.fullmatch(src):
-        from fastdiff.hub import snapshot
-
-        return snapshot(src)
+    if isinstance(src, str) and not os.path.lexists(path) and hub.is_name(src):
+        return hub.snapshot(src)
     return path
 
 
@@ -99,26 +95,21 @@ def _is_diffusers(config: Path) -> bool:
         return False
 
 
-def _read(src: Any, bundled: dict[str, Path], options: dict[str, Any]) -> DiffusionModel | Classifier:
-    if not isinstance(src, str | os.PathLike) or src == "" or (isinstance(src, str) and src in bundled):
-        return _read_own(src, bundled, options)
-    path = local_path(src)
-    kind = kind_of_source(path)
-    if kind == "fastdiff":
-        # not the path of a bundled name, but the folder
-        return _read_own(path, bundled, options)
-    if kind == "guided-diffusion":
-        from fastdiff.convert.state_files import load_file
+def _read(src: Any, bundled: Mapping[str, Path], own: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """own: reads fastdiff's checkpoints; whose name is bundled, and what is no path at all, is for it to tell"""
+    if isinstance(src, str | os.PathLike) and src != "" and not (isinstance(src, str) and src in bundled):
+        # a path, so that it cannot be taken for a bundled name
+        src = local_path(src)
+        kind = kind_of_source(src)
+        if kind == "guided-diffusion":
+            from fastdiff.convert.state_files import load_file
 
-        return load_file(path, **options)
-    from fastdiff.convert.diffusers_folder import load_folder
+            return load_file(src, **options)
+        if kind == "diffusers":
+            from fastdiff.convert.diffusers_folder import load_folder
 
-    return load_folder(path, **options)
-
-
-def _read_own(src: Any, bundled: dict[str, Path], options: dict[str, Any]) -> DiffusionModel | Classifier:
-    own = {key: options.pop(key) for key in ("device", "dtype", "allow_nonfinite")}
-    if given := sorted(key for key, value in options.items() if value is not None):
-        raise ValueError(f"{given[0]} must be left out: a checkpoint of fastdiff tells all, got {options[given[0]]!r}")
-    read = checkpoint.load if bundled is BUNDLED else checkpoint.load_classifier
-    return read(src, **own)
+            return load_folder(src, **options)
+    for flag in sorted(options.keys() - {"device", "dtype", "allow_nonfinite"}):
+        if (value := options.pop(flag)) is not None:
+            raise ValueError(f"{flag} must be left out: a checkpoint of fastdiff tells all, got {value!r}")
+    return own(src, **options)

@@ -163,7 +163,7 @@ def resolve_classifier(classifier: Any, model: DiffusionModel, dtype: torch.dtyp
     if classifier is None:
         return None
     if isinstance(classifier, str | PathLike):
-        from fastdiff.checkpoint import load_classifier
+        from fastdiff.loading import load_classifier
 
         # the caller may be in inference mode, whose tensors take no part in a gradient
         with torch.inference_mode(False):

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastdiff.checkpoint import load
 from fastdiff.classifier import Classifier
 from fastdiff.cuda_graph import NotCapturable, Pool, is_out_of_memory
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.guidance import Interval, Labels, Weight, guided_rows
+from fastdiff.loading import load
 from fastdiff.networks import PlacedNetworks
 from fastdiff.noise import Seed
 from fastdiff.placement import OutOfMemoryError, device_of, resolve_device, resolve_dtype
@@ -50,7 +50,7 @@ class _Tabled(NamedTuple):
 class Sampler:
     """Samples one model with one solver again and again; owns its buffers and graphs.
 
-    model: a DiffusionModel, a bundled model's name, or a checkpoint's folder.
+    model: a DiffusionModel, or what fastdiff.load takes: a bundled model's name, a checkpoint's folder or file.
     steps: network evaluations and their times, see `fastdiff.schedule.timesteps`.
     solver: a name in SOLVERS, or a function (schedule, steps, *, prediction, clip_x0) -> StepTable, such as
         functools.partial(ddim, eps="network"). None is the model's own, with its spacing for an int steps, else "ddim".
@@ -421,7 +421,7 @@ def sample(
 ) -> torch.Tensor:
     """Draw images: float32 (N, C, H, W) on the model's device, nominally in [-1, 1]; float64 if dtype is float64.
 
-    model: a DiffusionModel, a bundled model's name, or a checkpoint's folder.
+    model: a DiffusionModel, or what fastdiff.load takes: a bundled model's name, a checkpoint's folder or file.
     labels: one in [0, num_classes), or N of them; None: unconditional. What a classifier is asked for, which alone
         takes them where the model is unconditional.
     w: guidance weight, a number or (N,): eps = (1 + w) * eps_cond - w * eps_null (2207.12598 equation 6). 0 is

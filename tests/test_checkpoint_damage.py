@@ -19,6 +19,7 @@ from checkpoints import (
     assert_same_model,
     config_of,
     digits,
+    files,
     header_of,
     put_weights,
     refused,
@@ -84,17 +85,29 @@ def test_damaged_weights_are_refused_even_under_an_honest_hash(damage: str, hash
     assert_same_model(load(folder), MODEL)
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "link", "fifo"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "link to nothing", "link to a device", "link to itself"])
 def test_weights_that_are_no_regular_file(kind: str, folder: Path, tmp_path: Path) -> None:
     weights = weights_of(folder)
     weights.rename(tmp_path / "elsewhere")
     if kind == "folder":
         weights.mkdir()
-    elif kind == "link":
-        weights.symlink_to(tmp_path / "elsewhere")
     elif kind == "fifo":
         os.mkfifo(weights)
+    elif kind.startswith("link"):
+        weights.symlink_to({"nothing": "nowhere", "device": "/dev/zero", "itself": weights.name}[kind.split()[-1]])
     refused(folder, weights.name)
+
+
+def test_links_to_regular_files_are_followed_and_replaced_alone(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in list(folder.iterdir()):
+        path.symlink_to(path.rename(elsewhere / path.name))
+    before = files(elsewhere)
+    assert_same_model(load(folder), MODEL)
+    save(digits(1), folder, overwrite=True)
+    assert files(elsewhere) == before
+    assert not [path for path in folder.iterdir() if path.is_symlink()]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "placement": {"classifier", "diffusion_model"},
     "cuda_graph": set(),
     "request": {
-        *("checkpoint", "classifier", "diffusion_model", "guidance", "noise", "schedule", "solvers", "step"),
+        *("loading", "classifier", "diffusion_model", "guidance", "noise", "schedule", "solvers", "step"),
     },
     "networks": {"classifier", "diffusion_model", "placement"},
     "step": {"cuda_graph", "diffusion_model", "guidance", "networks", "solvers", KERNELS},
@@ -35,9 +35,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {KERNELS},
     "manifest": {"classifier", "diffusion_model", "model", "placement", "schedule"},
     "checkpoint": {"atomic", "classifier", "diffusion_model", "manifest", "placement"},
-    "convert": {"diffusion_model", "manifest", "model", "schedule"},
+    "convert": {
+        *("diffusion_model", "model", "schedule"),
+        *("atomic", "checkpoint", "classifier", "manifest", "placement"),
+    },
+    "loading": {"checkpoint", "classifier", "convert", "diffusion_model", "hub"},
+    "hub": {"checkpoint", "manifest"},
+    "integrations": {
+        *("sampler", "solvers", "schedule", "diffusion_model", "guidance", "noise", "convert", KERNELS),
+        "prediction",
+    },
     "sampler": {
-        *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "checkpoint", KERNELS),
+        *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "loading", KERNELS),
         *("request", "step", "cuda_graph", "classifier", "networks"),
     },
     "training": {
@@ -50,7 +59,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 FREE = {"cli", "doctor", "__init__", "__main__"}
-ONLY_IN = {"tyro": {"cli"}, "diffusers": set(), "triton": set(), "sklearn": {"training", "evaluation"}}
+ONLY_IN = {
+    "tyro": {"cli"},
+    "diffusers": {"cli", "integrations"},
+    "huggingface_hub": {"hub"},
+    "triton": set(),
+    "sklearn": {"training", "evaluation"},
+}
 
 
 def room_of(path: Path) -> str:

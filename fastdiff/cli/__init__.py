@@ -11,18 +11,20 @@ import tyro
 from tyro.conf import subcommand
 
 import fastdiff
+from fastdiff.cli.convert import Convert
 from fastdiff.cli.evaluate import Evaluate
 from fastdiff.cli.info import Doctor, Info
 from fastdiff.cli.sample import Sample
 from fastdiff.cli.train import Plot, Train
 
-__all__ = ["Doctor", "Evaluate", "Info", "Plot", "Sample", "Train", "main"]
+__all__ = ["Convert", "Doctor", "Evaluate", "Info", "Plot", "Sample", "Train", "main"]
 
 Command = (
     Annotated[Sample, subcommand("sample")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Plot, subcommand("plot")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Doctor, subcommand("doctor")]
 )

@@ -12,12 +12,13 @@ from tyro.conf import Positional, arg
 if TYPE_CHECKING:
     import torch
 
+    from fastdiff.diffusion_model import DiffusionModel
     from fastdiff.training import Dataset
 
 __all__ = [
     *("DEFAULT_W", "Device", "Dtype", "ModelName", "Quiet"),
     *("check_png", "classifier_facts", "first_labels", "free_name", "low_res_facts"),
-    *("low_res_images", "option", "parse_labels", "parse_steps"),
+    *("low_res_images", "opened", "option", "parse_labels", "parse_steps"),
 ]
 
 DEFAULT_OUT = "samples.png"
@@ -81,21 +82,49 @@ def check_png(name: str, path: str, force: bool) -> None:
     images.check_out(path, force)
 
 
+def opened(model: str) -> tuple[str | DiffusionModel, dict[str, Any]]:
+    """What a sampler takes of a model's name, folder or file, and its facts: name, sha256, and config.json's diffusion
+
+    fastdiff's own are not loaded here. Raises CheckpointError for what is none, and for a classifier.
+    """
+    from fastdiff import checkpoint, loading
+
+    path = checkpoint.BUNDLED.get(model) or loading.local_path(model)
+    if loading.kind_of_source(path) != "fastdiff":
+        loaded = loading.load(path)
+        told = ("num_classes", "null_label", "image_shape")
+        diffusion = {name: getattr(loaded, name) for name in told}
+        return loaded, {"name": loaded.name, "sha256": loaded.provenance.get("sha256"), "diffusion": diffusion}
+    facts = checkpoint.info(path)
+    config = facts["config"]
+    if "diffusion" not in config:
+        raise ValueError(f"model {model}: is a classifier, which draws no images; give a diffusion model")
+    own = model if path == checkpoint.BUNDLED.get(model) else str(path)
+    return own, {"name": config["name"], "sha256": facts["sha256"], "diffusion": config["diffusion"]}
+
+
 def classifier_facts(classifier: str | None, scale: float | None) -> dict[str, Any]:
     """What metadata tell of a classifier, its name or folder, and of its scale; empty without one.
 
     Raises ValueError for a scale without a classifier, CheckpointError for one that cannot be read.
     """
-    from fastdiff import checkpoint
+    from fastdiff import checkpoint, loading
 
     if classifier is None:
         if scale is not None:
             raise ValueError(f"--classifier-scale {scale:g} needs a --classifier")
         return {}
-    facts = checkpoint.info(checkpoint.BUNDLED_CLASSIFIERS.get(classifier, classifier))
+    path = checkpoint.BUNDLED_CLASSIFIERS.get(classifier) or loading.local_path(classifier)
+    if loading.kind_of_source(path) == "guided-diffusion":
+        from fastdiff.convert.state_files import sha256_of
+
+        name, sha256 = path.stem, sha256_of(path)
+    else:
+        facts = checkpoint.info(path)
+        name, sha256 = facts["config"]["name"], facts["sha256"]
     return {
-        "classifier": facts["config"]["name"],
-        "classifier_sha256": facts["sha256"],
+        "classifier": name,
+        "classifier_sha256": sha256,
         "classifier_scale": 1.0 if scale is None else scale,
     }
 

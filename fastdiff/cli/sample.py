@@ -20,6 +20,7 @@ from fastdiff.cli.arguments import (
     free_name,
     low_res_facts,
     low_res_images,
+    opened,
     option,
     parse_labels,
     parse_steps,
@@ -39,7 +40,7 @@ class Sample:
     """Draw images and write them to a file: without arguments, a labelled grid of handwritten digits."""
 
     model: ModelName = "digits"
-    """A bundled model's name, or a checkpoint's folder."""
+    """A bundled model's name, a checkpoint's folder or file, or org/name of the Hub."""
     labels: Annotated[str | None, option("LABELS", "those of --low-res, or the model's first ten classes")] = None
     """Classes: 0-9, 3,1,4 or 0-3,7; or none, for images without a class."""
     images_per_label: Annotated[int | None, option("N", "4, or what --low-res holds", "-n")] = None
@@ -82,7 +83,8 @@ class Sample:
 
     def run(self) -> int:
         """Checks everything, the output first, then samples and writes."""
-        from fastdiff import checkpoint, images
+        from fastdiff import images
+        from fastdiff.placement import resolve_device
         from fastdiff.training.data import npz
 
         out = self.out if self.out is not None else free_name(self.force)
@@ -90,10 +92,8 @@ class Sample:
         if self.images_per_label is not None and self.images_per_label < 1:
             raise ValueError(f"--images-per-label must be at least 1, got {self.images_per_label}")
         rows = None if self.labels is None else parse_labels(self.labels)
-        facts = checkpoint.info(self.model)
-        if "diffusion" not in facts["config"]:
-            raise ValueError(f"model {self.model}: is a classifier, which draws no images; give a diffusion model")
-        diffusion = facts["config"]["diffusion"]
+        model, facts = opened(self.model)
+        diffusion = facts["diffusion"]
         low_res = None if self.low_res is None else npz(self.low_res)
         columns = IMAGES_PER_LABEL if self.images_per_label is None else self.images_per_label
         if self.labels is None:
@@ -103,9 +103,10 @@ class Sample:
         guide = classifier_facts(self.classifier, self.classifier_scale)
         texts = ["none"] if rows is None else rows
         channels, height, width = diffusion["image_shape"]
-        if channels not in (1, 3):
+        decoded = getattr(model, "decode", None) is not None
+        if channels not in (1, 3) and not decoded:
             raise ValueError(f"model {self.model}: pictures have 1 or 3 channels, got {channels}; use fastdiff.sample")
-        if kind == "png":
+        if kind == "png" and not decoded:
             images.grid_size(height, width, len(texts), columns)
         n = columns * len(texts)
         if n > MAX_IMAGES:
@@ -122,8 +123,8 @@ class Sample:
             "guidance_interval": self.guidance_interval,
         }
         sampler = fastdiff.Sampler(
-            self.model,
-            device=self.device,
+            model,
+            device=resolve_device(self.device),
             dtype=self.dtype,
             batch_size=self.batch_size,
             classifier=self.classifier,
@@ -146,7 +147,7 @@ class Sample:
         seconds = time.perf_counter() - began
 
         metadata = {
-            "model": facts["config"]["name"],
+            "model": facts["name"],
             "model_sha256": facts["sha256"],
             "seed": seed,
             "labels": labels,

@@ -6,8 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
-from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +142,7 @@ def save_folder(model: DiffusionModel, folder: str | os.PathLike[str], *, overwr
             raise ValueError("a pipeline is there already; overwrite=True replaces it")
         replace_all(files, remove=[path for path in others if path not in files])
         for path in files:
-            sweep(path.parent, partial(eq, path.name))
+            sweep(path.parent, {path.name}.__contains__)
     return folder
 
 

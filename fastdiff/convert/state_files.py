@@ -20,13 +20,19 @@ from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.manifest import listed
 from fastdiff.placement import DTYPES, resolve_device, runnable_dtype
 
-__all__ = ["PICKLES", "SUFFIXES", "load_file", "read_model", "read_state", "save_file"]
+__all__ = ["PICKLES", "SUFFIXES", "load_file", "read_model", "read_state", "save_file", "sha256_of"]
 
 Tensors = dict[str, torch.Tensor]
 
 # what torch.save writes, whatever people call it
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (*PICKLES, ".safetensors")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, as read_state gives it. Raises CheckpointError naming the path."""
+    with blaming(Path(path)), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[Tensors, str]:

@@ -1,0 +1,1 @@
+"""fastdiff's parts inside other people's loops"""
