@@ -339,6 +339,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "class a list": ("unet/config.json", {"_class_name": ["UNet2DModel"]}, "must hold a UNet2DModel"),
     "unknown key": ("unet/config.json", {"colour": 1}, "unknown keys [colour]"),
     "unfit": ("unet/config.json", {"freq_shift": 1}, "freq_shift must be 0"),
+    "unfit, remedy": ("unet/config.json", {"norm_eps": 1e-6}, "fastdiff.integrations.diffusers.unet_model"),
     "another width": ("unet/config.json", {"block_out_channels": [8, 24]}, "must have shape"),
     "more blocks": ("unet/config.json", {"layers_per_block": 2}, "lacks keys"),
     "blocks without end": ("unet/config.json", {"layers_per_block": 10**6}, "layers_per_block"),

@@ -80,7 +80,11 @@ def load_folder(
     with blaming(found.network / CONFIG):
         config = read_json(found.network / CONFIG)
         _check_class(config.get("_class_name"))
-        side = config_from_diffusers(config, image_size).image_size
+        try:
+            side = config_from_diffusers(config, image_size).image_size
+        except ValueError as error:
+            remedy = "with diffusers installed fastdiff.integrations.diffusers.unet_model runs any UNet2DModel"
+            raise ValueError(f"{error}; {remedy}") from error
         size, C, out = (config.get(key, DEFAULTS[key]) for key in ("sample_size", "in_channels", "out_channels"))
         shape = (C, *(size if isinstance(size, list) else (side, side)))
         variance = variance_of(C, out, facts)
