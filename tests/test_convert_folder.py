@@ -1,4 +1,4 @@
-"""Folders of diffusers: what a stock pipeline saves is read and sampled alike, what it reads is written, damage is named"""
+"""Folders of diffusers: a stock pipeline's is sampled alike, ours is a stock pipeline, and damage is named"""
 
 from __future__ import annotations
 
@@ -339,6 +339,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "class a list": ("unet/config.json", {"_class_name": ["UNet2DModel"]}, "must hold a UNet2DModel"),
     "unknown key": ("unet/config.json", {"colour": 1}, "unknown keys [colour]"),
     "unfit": ("unet/config.json", {"freq_shift": 1}, "freq_shift must be 0"),
+    "unfit, remedy": ("unet/config.json", {"norm_eps": 1e-6}, "fastdiff.integrations.diffusers.unet_model"),
     "another width": ("unet/config.json", {"block_out_channels": [8, 24]}, "must have shape"),
     "more blocks": ("unet/config.json", {"layers_per_block": 2}, "lacks keys"),
     "blocks without end": ("unet/config.json", {"layers_per_block": 10**6}, "layers_per_block"),
@@ -400,7 +401,9 @@ def test_the_class_of_a_folders_network(folder: Path) -> None:
     edit(folder / "model_index.json", unet=..., transformer=["diffusers", "DiTTransformer2DModel"])
     assert network_class(folder) == "DiTTransformer2DModel"
     edit(folder / "model_index.json", transformer=...)
-    refused(folder, "tells no network", by=network_class)
+    refused(folder, "unet must be a library's and a class's name", by=network_class)
+    edit(folder / "unet" / "config.json", _class_name=["UNet2DModel"])
+    refused(folder / "unet", "_class_name must be the name", by=network_class)
 
 
 def a_model(seed: int = 0, **options: Any) -> DiffusionModel:

@@ -352,3 +352,20 @@ def test_networks_that_guided_diffusion_cannot_hold() -> None:
         state_to_guided_diffusion(small, "new")
     with pytest.raises(ValueError, match="attention_order must be one of"):
         state_to_guided_diffusion(model_from_guided_diffusion(state_of("adm"), **flags_of(NETWORKS["adm"])).network, "")
+
+
+def test_the_table_has_a_command_and_the_facts_of_every_published_network() -> None:
+    table = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text().splitlines()
+    for entry in PUBLISHED:
+        rows = [row for row in table if any(f"`{file}`" in row for file in entry.files) and row.startswith("|")]
+        assert sum(f"`{file}`" in row for row in rows for file in entry.files) == len(entry.files)
+        for row in rows:
+            files, command, facts = row.strip("| ").split(" | ")
+            assert command.startswith(f"`fastdiff convert {files.split('`')[1]} ") and f"`{entry.name}`" in facts
+        told = next(row for row in rows if f"`{entry.name}`: " in row)
+        facts = told.split(f"`{entry.name}`: ")[1]
+        if entry.name != "adm-256-uncond":
+            assert entry.schedule in facts and f"{entry.attention_order} order" in facts
+            assert str(entry.dtype).removeprefix("torch.") in facts
+            assert ("T = 4000" in facts) == (entry.num_train_timesteps == 4000)
+            assert ("times rescaled" in facts) == entry.rescale_timesteps
