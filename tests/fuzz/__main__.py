@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     found = {target.name: target for target in targets() if chosen.only in (None, target.kind)}
+    if not found:
+        parser.error(f"--only {chosen.only} has no targets here; is diffusers installed?")
 
     def keep(fault: Fault) -> None:
         folder = chosen.faults / f"{fault.target}-{fault.seed}-{fault.number}"

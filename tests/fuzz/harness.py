@@ -31,8 +31,8 @@ from .archives import SPRUNG
 __all__ = ["Case", "Fault", "Tally", "Target", "case_of", "run", "run_case"]
 
 FAULTS = ("raised", "hang", "crash", "silent", "executed")
-# of an error's sentence; people read it
-_LONGEST = 4000
+# of an error's sentence in letters: it may repeat a value, but not a file
+_LONGEST = 20_000
 # bytes of address space beyond what the process has at its start
 _MEMORY = 2**32
 _GRACE = 4
@@ -126,8 +126,9 @@ def _outcome(target: Target, case: Case, limit: float) -> tuple[str, str]:
     else:
         try:
             outcome = target.judge(case, loaded), ""
-        except AssertionError as error:
-            outcome = "silent", str(error)[:500]
+        # a judge that cannot follow what was loaded does not approve of it
+        except Exception as error:
+            outcome = "silent", f"{type(error).__name__}: {str(error)[:500]}"
     return ("executed", SPRUNG[0]) if SPRUNG else outcome
 
 

@@ -38,9 +38,16 @@ def classifier_files() -> tuple[Files, ...]:
     return (files_of(checkpoints.judge()),)
 
 
+def completed(text: bytes) -> dict[str, Any]:
+    """A config with what older files leave out"""
+    config = json.loads(text)
+    config["network"].setdefault("time_scale", 1.0)
+    return config
+
+
 def judge_native(case: Case, model: Any) -> str:
     files = case.mutated
-    config = json.loads(files["config.json"])
+    config = completed(files["config.json"])
     weights = files[config["weights"]["file"]]
     assert hashlib.sha256(weights).hexdigest() == config["weights"]["sha256"], "the weights have another hash"
     written = json.loads(Manifest.written(model, checkpoint.kind_of(model), weights))
@@ -48,7 +55,7 @@ def judge_native(case: Case, model: Any) -> str:
     state = {key: value.to(model.dtype or value.dtype) for key, value in told(weights).items()}
     assert_same_state(model.network.state_dict(), state)
     before = case.original
-    same = weights == before[weights_in(before)] and exact(config) == exact(json.loads(before["config.json"]))
+    same = weights == before[weights_in(before)] and exact(config) == exact(completed(before["config.json"]))
     return "same" if same else "as told"
 
 
@@ -115,6 +122,26 @@ def own_target(
     return Target(name, kind, make, lambda files: load(placed(files)), judge, (CheckpointError,), of())
 
 
+def manifest_target() -> Target:
+    """The manifest alone, whose errors nobody translates"""
+
+    def make(rng: random.Random) -> Case:
+        files = rng.choice((*native_files(), *classifier_files()))
+        mutator, mutated = other_config(rng, files)
+        return Case(mutator, files["config.json"], mutated["config.json"])
+
+    def judge(case: Case, manifest: Manifest) -> str:
+        config, network = completed(case.mutated), manifest.blueprint.network.to_dict()
+        assert exact(manifest.config) == exact(json.loads(case.mutated))
+        assert exact(config["network"]) == exact({"type": manifest.blueprint.kind, **network})
+        weights = config["weights"]
+        assert (manifest.file, manifest.sha256, manifest.size) == (weights["file"], weights["sha256"], weights["bytes"])
+        return "same" if exact(config) == exact(completed(case.original)) else "as told"
+
+    whole = [files["config.json"] for files in (*native_files(), *classifier_files())]
+    return Target("native-manifest", "config", make, Manifest.parse, judge, (ValueError, TypeError), whole)
+
+
 def targets() -> list[Target]:
     classifier = {"load": checkpoint.load_classifier, "of": classifier_files}
     return [
@@ -125,6 +152,7 @@ def targets() -> list[Target]:
         own_target("native-weights-honest", "weights", honest_weights),
         own_target("native-weights-info", "weights", honest_weights, load=checkpoint.info, judge=judge_info),
         own_target("native-config", "config", other_config),
+        manifest_target(),
         own_target("classifier-weights", "weights", honest_weights, **classifier),
         own_target("classifier-config", "config", other_config, **classifier),
     ]

@@ -20,6 +20,7 @@ from fastdiff.convert.diffusers import unet_from_diffusers, unet_to_diffusers
 from fastdiff.convert.diffusers_folder import save_folder
 from fastdiff.convert.schedulers import SchedulerFacts, scheduler_from_diffusers, scheduler_to_diffusers
 from fastdiff.diffusion_model import DiffusionModel
+from fastdiff.integrations.diffusers import dit_model
 from fastdiff.model import UNet, UNetConfig
 from fastdiff.schedule import timesteps
 
@@ -108,7 +109,9 @@ def judge_scheduler(case: Case, facts: SchedulerFacts) -> str:
     config, T = case.mutated, facts.schedule.num_train_timesteps
     assert T <= 2**20
     try:
-        peer = getattr(diffusers, config["_class_name"]).from_config(config)
+        # what begins with _ is for its own notes
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        peer = getattr(diffusers, config["_class_name"].removeprefix("Fused")).from_config(given)
         count = min(T, 10)
         peer.set_timesteps(count)
     except Exception as error:
@@ -236,6 +239,79 @@ def folder_target() -> Target:
     return Target("diffusers-folder", "diffusers", make, load, judge_folder, (CheckpointError,), folders())
 
 
+OPTIONS: dict[str, Any] = dict(num_classes=3, image_size=8, variant=None, weights_file=None, scheduler=None)
+
+
+def options_target() -> Target:
+    """What a caller says of a folder"""
+    options = {**OPTIONS, "scheduler": schedulers()[2]}
+
+    def make(rng: random.Random) -> Case:
+        mutator, mutated = mutated_tree(rng, rng.choice((OPTIONS, options)))
+        named = isinstance(mutated, dict) and all(isinstance(key, str) for key in mutated)
+        mutated = {key: mutated[key] for key in mutated if key not in ("src", "device", "dtype")} if named else OPTIONS
+        return Case(mutator, OPTIONS, mutated)
+
+    def load(mutated: dict[str, Any]) -> Any:
+        return loading.load(placed(folders()[1]), **mutated)
+
+    def judge(case: Case, model: DiffusionModel) -> str:
+        given = {key: value for key, value in case.mutated.items() if value is not None}
+        scheduler = given.pop("scheduler", json.loads(folders()[1]["scheduler/scheduler_config.json"]))
+        facts = scheduler_from_diffusers(scheduler)
+        assert np.array_equal(model.schedule.betas, facts.schedule.betas) and model.solver == facts.solver
+        assert exact(model.num_classes) == exact(given.pop("num_classes", 3))
+        assert exact(model.image_shape[1]) == exact(given.pop("image_size", 8))
+        name = given.pop("weights_file", "diffusion_pytorch_model.safetensors")
+        assert list(model.provenance["sha256"]) == [name], f"{name} was asked for"
+        given.pop("allow_nonfinite", None)
+        assert not given, f"{given} made no difference"
+        return "same" if exact(case.mutated) == exact(case.original) else "as told"
+
+    return Target("diffusers-options", "diffusers", make, load, judge, (ValueError, TypeError), [OPTIONS])
+
+
+@functools.cache
+def dit_files() -> Files:
+    options: dict[str, Any] = dict(num_attention_heads=2, attention_head_dim=4, in_channels=1, out_channels=2)
+    options |= dict(sample_size=4, patch_size=2, num_layers=1, norm_num_groups=4, num_embeds_ada_norm=2)
+    latents: dict[str, Any] = dict(in_channels=1, out_channels=1, latent_channels=1, norm_num_groups=4)
+    latents |= dict(
+        block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",)
+    )
+    transformer, vae = diffusers.DiTTransformer2DModel(**options), diffusers.AutoencoderKL(**latents)
+    folder = scratch() / "dit"
+    diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def dit_target() -> Target:
+    """A network that diffusers itself builds and fills"""
+
+    def make(rng: random.Random) -> Case:
+        mutator, mutated = other_files(rng, dit_files())
+        return Case(mutator, dit_files(), mutated)
+
+    def judge(case: Case, model: DiffusionModel) -> str:
+        files = case.mutated
+        weights = told(files["transformer/diffusion_pytorch_model.safetensors"])
+        assert_same_state(model.network.transformer.state_dict(), weights)
+        assert (model.decode is None) == ("vae" not in json.loads(files["model_index.json"]))
+        if model.decode is not None:
+            assert_same_state(model.decode.args[0].state_dict(), told(files["vae/diffusion_pytorch_model.safetensors"]))
+        config, known = json.loads(files["transformer/config.json"]), model.network.transformer.config
+        for key in known.keys() & config.keys():
+            assert exact(known[key]) == exact(config[key]), f"{key} is {known[key]} and not {config[key]}"
+        facts = scheduler_from_diffusers(
+            {**json.loads(files["scheduler/scheduler_config.json"]), "_class_name": "DDIMScheduler"}
+        )
+        assert np.array_equal(model.schedule.betas, facts.schedule.betas) and model.solver == facts.solver
+        return "same" if files == case.original else "as told"
+
+    load: Callable[[Files], Any] = lambda files: dit_model(placed(files), allow_nonfinite=True)  # noqa: E731
+    return Target("diffusers-dit", "diffusers", make, load, judge, (CheckpointError,), [dit_files()])
+
+
 def round_trip_target() -> Target:
     """A scheduler's config, understood and written again, is understood as the same"""
 
@@ -262,4 +338,7 @@ def round_trip_target() -> Target:
 
 
 def targets() -> list[Target]:
-    return [unet_target(), folder_target(), scheduler_target(), round_trip_target()]
+    return [
+        *(unet_target(), folder_target(), options_target(), dit_target()),
+        *(scheduler_target(), round_trip_target()),
+    ]
