@@ -107,14 +107,25 @@ def _read(src: Any, bundled: Mapping[str, Path], own: Callable[..., Any], option
 
             return load_file(src, **options)
         if kind == "diffusers":
-            from fastdiff.convert.diffusers_folder import load_folder
-
-            known = inspect.signature(load_folder).parameters
-            if unknown := sorted(options.keys() - known):
+            read = _reader_of(src)
+            if unknown := sorted(options.keys() - inspect.signature(read).parameters.keys()):
                 flag = unknown[0]
                 raise ValueError(f"{flag} must be left out: a folder of diffusers tells it, got {options[flag]!r}")
-            return load_folder(src, **options)
+            return read(src, **options)
     for flag in sorted(options.keys() - {"device", "dtype", "allow_nonfinite"}):
         if (value := options.pop(flag)) is not None:
             raise ValueError(f"{flag} must be left out: a checkpoint of fastdiff tells all, got {value!r}")
     return own(src, **options)
+
+
+def _reader_of(folder: Path) -> Callable[..., DiffusionModel]:
+    """A UNet2DModel becomes ours; a DiT stays diffusers' own, which must be installed for it"""
+    from fastdiff.convert.diffusers_folder import DIT_CLASSES, load_folder, network_class
+
+    if network_class(folder) not in DIT_CLASSES:
+        return load_folder
+    try:
+        from fastdiff.integrations.diffusers import dit_model
+    except ImportError as error:
+        raise CheckpointError(f"{folder}: holds a DiT, which needs diffusers; pip install diffusers") from error
+    return dit_model

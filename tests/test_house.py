@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("diffusion_model", "model", "schedule"),
         *("atomic", "checkpoint", "classifier", "manifest", "placement"),
     },
-    "loading": {"checkpoint", "classifier", "convert", "diffusion_model", "hub"},
+    "loading": {"checkpoint", "classifier", "convert", "diffusion_model", "hub", "integrations"},
     "hub": {"checkpoint", "manifest"},
     "integrations": {
         *("sampler", "solvers", "schedule", "diffusion_model", "guidance", "noise", "convert", KERNELS),

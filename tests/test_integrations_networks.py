@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from test_sampler_step import NoHostReads
 
 import fastdiff
 from fastdiff.convert import unet_from_diffusers
+from fastdiff.convert.diffusers_folder import load_folder
 from fastdiff.integrations.diffusers import DiTNetwork, UNet2DNetwork, dit_model, unet_model
 
 LATENT, STEPS, N = (4, 8, 8), 8, 2
@@ -194,8 +196,19 @@ def test_what_is_no_source(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"guided_channels must be an integer in \[1, 4\]"):
         dit_model(a_dit(), guided_channels=5)
     refused(folder, "must hold a UNet2DModel as its unet, got 'DiTTransformer2DModel'", by=unet_model)
-    refused(folder, "fastdiff.integrations.diffusers.dit_model", by=fastdiff.load)
+    refused(folder, "fastdiff.integrations.diffusers.dit_model", by=load_folder)
     refused(tmp_path / "nowhere", "is no folder", by=dit_model)
+
+
+def test_load_opens_the_folder_of_a_dit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastdiff.load(folder, guided_channels=3)
+    assert isinstance(model.network, DiTNetwork) and model.guided_channels == 3 and model.decode is not None
+    options = {"steps": 2, "seed": 0, "decode": False}
+    assert torch.equal(fastdiff.sample(folder, [1], **options), fastdiff.sample(dit_model(folder), [1], **options))
+    with pytest.raises(ValueError, match="attention_order must be left out: a folder of diffusers tells it"):
+        fastdiff.load(folder, attention_order="new")
+    monkeypatch.setitem(sys.modules, "fastdiff.integrations.diffusers", None)
+    refused(folder, "needs diffusers; pip install diffusers", by=fastdiff.load)
 
 
 def test_a_folder_is_read_strictly(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints import PNG, refused
-from test_convert_guided_diffusion import NETWORKS, flags_of, state_of
+from test_convert_guided_diffusion import CHECKPOINTS, NETWORKS, flags_of, state_of
 
 import fastdiff
 from fastdiff import Classifier
@@ -22,6 +22,12 @@ from fastdiff.loading import load, load_classifier
 
 NAME = "plain, convolutions"
 FLAGS = flags_of(NETWORKS[NAME])
+
+
+def published() -> dict[str, torch.Tensor]:
+    """Zeros in the shapes of the smallest published network"""
+    keys = CHECKPOINTS["128x128_classifier"]["keys"]
+    return {key: torch.zeros(shape) for key, (shape, _) in keys.items()}
 
 
 def torch_saved(value: Any, **options: Any) -> bytes:
@@ -88,6 +94,9 @@ def test_dtypes(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
         model = load(path, **FLAGS | {"dtype": dtype})
         assert (model.dtype, model.parameters()[0].dtype) == (dtype, kept)
         assert read_model(path, **FLAGS | {"dtype": dtype}).parameters()[0].dtype == torch.float32
+    judge = torch_saved({key: value.half() for key, value in published().items()})
+    published_dtype = load_classifier(written(tmp_path, judge))
+    assert (published_dtype.dtype, published_dtype.parameters()[0].dtype) == (torch.float32, torch.float32)
     with pytest.raises(ValueError, match="dtype must be one of"):
         load(path, **FLAGS | {"dtype": torch.int8})
 

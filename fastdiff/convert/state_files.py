@@ -91,14 +91,15 @@ def load_file(
 ) -> DiffusionModel | Classifier:
     """read_model, placed: device, dtype and allow_nonfinite as for fastdiff.load
 
-    dtype is asked for unless the network is a published one; left out there, the weights keep the file's own.
+    dtype is asked for unless the network is a published one, whose own it is then.
     """
     target = torch.device("cpu") if device is None else resolve_device(device)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {list(DTYPES.values())} or None, got {dtype!r}")
     model = read_model(path, allow_nonfinite=allow_nonfinite, dtype=dtype, **flags)
     assert isinstance(model.network, torch.nn.Module)
-    model.network.to(target, None if dtype is None else runnable_dtype(dtype, target))
+    assert model.dtype is not None
+    model.network.to(target, runnable_dtype(model.dtype, target))
     return model
 
 
