@@ -135,6 +135,11 @@ def test_a_bare_network_needs_a_scheduler(folder: Path, tmp_path: Path) -> None:
     assert load_folder(folder, scheduler=config).prediction == "v"
     with pytest.raises(CheckpointError, match="nowhere"):
         load_folder(bare, scheduler=tmp_path / "nowhere")
+    for path in ("a" * 10**4, "\0"):
+        with pytest.raises(CheckpointError):
+            load_folder(bare, scheduler=path)
+    with pytest.raises(TypeError, match="scheduler must be a scheduler's config or a path to one, got 3"):
+        load_folder(bare, scheduler=3)
 
 
 def named(name: str, model: DiffusionModel) -> DiffusionModel:

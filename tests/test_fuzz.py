@@ -119,6 +119,9 @@ def test_the_alarm_is_as_it_was_before() -> None:
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+# torch's and zipfile's, of inputs that are odd on purpose
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
 EVERY = {each.name: each for each in targets()}
 
 
@@ -164,7 +167,9 @@ def test_nothing_is_loaded_that_is_not_what_it_says() -> None:
     for name, outcomes in tally.outcomes.items():
         # cases that are all refused, or all loaded, prove little
         assert outcomes["refused"] >= 30, (name, outcomes)
-        assert outcomes["same"] + outcomes["as told"] >= 1, (name, outcomes)
+        # but for weights that are not those of the hash, which are never loaded
+        told = outcomes["as told"]
+        assert told == 0 if name == "native-weights" else outcomes["same"] + told >= 1, (name, outcomes)
     assert tally.peak_bytes < 2**31
 
 

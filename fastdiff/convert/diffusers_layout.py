@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,8 +127,10 @@ def scheduler_facts(folder: Path, found: Found, given: Scheduler) -> SchedulerFa
         return scheduler_from_diffusers(given)
     path, kind = found.scheduler, found.scheduler_class
     if given is not None:
+        if not isinstance(given, str | os.PathLike):
+            raise TypeError(f"scheduler must be a scheduler's config or a path to one, got {reprlib.repr(given)}")
         path, kind = Path(given), None
-        path = path / SCHEDULER_CONFIG if path.is_dir() else path
+        path = path / SCHEDULER_CONFIG if os.path.isdir(path) else path
     if path is None:
         with blaming(folder):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -59,15 +60,24 @@ def exact(tree: Any) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def header_told(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """What safetensors say of each tensor, read without the library, and the bytes that follow"""
+def tree_told(text: bytes) -> Any:
+    """What JSON says; AssertionError where it says two things, or a number that is none"""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         assert len(dict(pairs)) == len(pairs), "a key occurs twice"
         return dict(pairs)
 
+    def finite(number: str) -> float:
+        assert math.isfinite(float(number)), f"{number} is not finite"
+        return float(number)
+
+    return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+
+
+def header_told(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """What safetensors say of each tensor, read without the library, and the bytes that follow"""
     size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size], object_pairs_hook=unique)
+    header = tree_told(data[8 : 8 + size])
     header.pop("__metadata__", None)
     return header, data[8 + size :]
 

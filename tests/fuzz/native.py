@@ -20,7 +20,7 @@ from fastdiff.schedule import Schedule
 from .. import checkpoints
 from .blobs import mutated_bytes, mutated_safetensors
 from .harness import Case, Target
-from .inputs import Files, assert_same_state, exact, files_of, header_told, placed, told, weights_in
+from .inputs import Files, assert_same_state, exact, files_of, header_told, placed, told, tree_told, weights_in
 from .trees import mutated_text
 
 __all__ = ["targets"]
@@ -40,7 +40,7 @@ def classifier_files() -> tuple[Files, ...]:
 
 def completed(text: bytes) -> dict[str, Any]:
     """A config with what older files leave out"""
-    config = json.loads(text)
+    config = tree_told(text)
     config["network"].setdefault("time_scale", 1.0)
     return config
 
@@ -60,7 +60,7 @@ def judge_native(case: Case, model: Any) -> str:
 
 
 def judge_info(case: Case, facts: dict[str, Any]) -> str:
-    config = json.loads(case.mutated["config.json"])
+    config = tree_told(case.mutated["config.json"])
     weights = case.mutated[config["weights"]["file"]]
     assert exact(facts["config"]) == exact(config)
     assert (facts["sha256"], facts["bytes"]) == (hashlib.sha256(weights).hexdigest(), len(weights))
@@ -132,7 +132,7 @@ def manifest_target() -> Target:
 
     def judge(case: Case, manifest: Manifest) -> str:
         config, network = completed(case.mutated), manifest.blueprint.network.to_dict()
-        assert exact(manifest.config) == exact(json.loads(case.mutated))
+        assert exact(manifest.config) == exact(tree_told(case.mutated))
         assert exact(config["network"]) == exact({"type": manifest.blueprint.kind, **network})
         weights = config["weights"]
         assert (manifest.file, manifest.sha256, manifest.size) == (weights["file"], weights["sha256"], weights["bytes"])

@@ -27,7 +27,7 @@ from fastdiff.schedule import timesteps
 from .. import checkpoints
 from .blobs import mutated_bytes, mutated_safetensors
 from .harness import Case, Target
-from .inputs import Files, State, assert_same_state, exact, placed, scratch, told
+from .inputs import Files, State, assert_same_state, exact, placed, scratch, told, tree_told
 from .trees import mutated_text, mutated_tree
 
 __all__ = ["targets"]
@@ -207,10 +207,10 @@ def judge_folder(case: Case, model: DiffusionModel) -> str:
     """Against its parts, each of which has a target of its own"""
     files = case.mutated
     index, config, scheduler = (
-        json.loads(files[name]) for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
+        tree_told(files[name]) for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
     )
     if INDEX in files:
-        where = json.loads(files[INDEX])["weight_map"]
+        where = tree_told(files[INDEX])["weight_map"]
         state = {key: told(files[f"unet/{name}"])[key] for key, name in where.items()}
     else:
         state = told(files[WEIGHTS])
@@ -296,14 +296,14 @@ def dit_target() -> Target:
         files = case.mutated
         weights = told(files["transformer/diffusion_pytorch_model.safetensors"])
         assert_same_state(model.network.transformer.state_dict(), weights)
-        assert (model.decode is None) == ("vae" not in json.loads(files["model_index.json"]))
+        assert (model.decode is None) == ("vae" not in tree_told(files["model_index.json"]))
         if model.decode is not None:
             assert_same_state(model.decode.args[0].state_dict(), told(files["vae/diffusion_pytorch_model.safetensors"]))
-        config, known = json.loads(files["transformer/config.json"]), model.network.transformer.config
+        config, known = tree_told(files["transformer/config.json"]), model.network.transformer.config
         for key in known.keys() & config.keys():
             assert exact(known[key]) == exact(config[key]), f"{key} is {known[key]} and not {config[key]}"
         facts = scheduler_from_diffusers(
-            {**json.loads(files["scheduler/scheduler_config.json"]), "_class_name": "DDIMScheduler"}
+            {**tree_told(files["scheduler/scheduler_config.json"]), "_class_name": "DDIMScheduler"}
         )
         assert np.array_equal(model.schedule.betas, facts.schedule.betas) and model.solver == facts.solver
         return "same" if files == case.original else "as told"
