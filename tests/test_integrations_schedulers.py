@@ -19,6 +19,7 @@ import diffusers.schedulers.scheduling_ddpm
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from reference.networks import mixing, mixing_learned, randomised
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
@@ -155,7 +156,14 @@ def test_float32_steps_keep_the_rule(stock: type, prediction: str, schedule: str
 @STOCK
 @pytest.mark.parametrize(
     "dtypes",
-    ["float16 float16", "bfloat16 bfloat16", "float32 bfloat16", "float16 float32", "float64 float32"],
+    [
+        "float16 float16",
+        "bfloat16 bfloat16",
+        "float32 bfloat16",
+        "float16 float32",
+        "float64 float32",
+        "float32 float64",
+    ],
 )
 @PREDICTION
 def test_dtypes_are_theirs_and_no_less_accurate(stock: type, dtypes: str, prediction: str) -> None:
@@ -255,7 +263,12 @@ CHANGES = [
     pytest.param(lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2), id="chain"),
     pytest.param(lambda s: s.alphas_cumprod.mul_(0.9), id="chain-in-place"),
 ]
+OF_DDIM = [
+    pytest.param(lambda s: setattr(s, "num_inference_steps", 4), id="num_inference_steps"),
+    pytest.param(lambda s: setattr(s, "timesteps", s.timesteps.double()), id="timesteps-of-floats"),
+]
 OF_DDPM = [
+    pytest.param(lambda s: setattr(s, "timesteps", torch.tensor([900, 500, 350, 500, 9])), id="repeated-timesteps"),
     pytest.param(lambda s: setattr(s, "timesteps", torch.tensor([900, 500, 250, 1])), id="timesteps"),
     pytest.param(lambda s: s.timesteps[5:].sub_(50), id="timesteps-in-place"),
     pytest.param(lambda s: s.set_timesteps(timesteps=[500, 100]), id="timesteps-of-ones-own"),
@@ -267,7 +280,7 @@ OF_DDPM = [
 @pytest.mark.parametrize(
     ("stock", "change"),
     [pytest.param(stock, *case.values, id=f"{stock.__name__}-{case.id}")
-     for stock, cases in ((DDPMScheduler, CHANGES + OF_DDPM), (DDIMScheduler, CHANGES)) for case in cases],
+     for stock, cases in ((DDPMScheduler, CHANGES + OF_DDPM), (DDIMScheduler, CHANGES + OF_DDIM)) for case in cases],
 )  # fmt: skip
 def test_a_changed_scheduler_has_new_rows(stock: type, change, launches) -> None:
     theirs, ours = a_pair(stock, 10, variance_type="fixed_small") if stock is DDPMScheduler else a_pair(stock)
@@ -278,11 +291,38 @@ def test_a_changed_scheduler_has_new_rows(stock: type, change, launches) -> None
     got, expected = stepped(ours, out, 500, x), stepped(theirs, out, 500, x)
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-5)
-    if stock.__name__ == "DDPMScheduler" and theirs.variance_type != theirs.config.variance_type:
-        # theirs mixes the two
+    mixed = stock is DDPMScheduler and theirs.variance_type != theirs.config.variance_type
+    if mixed or theirs.timesteps.is_floating_point():
         assert len(launches) == 1 and torch.equal(got[0], expected[0])
     else:
         assert len(launches) == 2 and not torch.equal(got[0], before[0])
+
+
+def test_ddim_may_end_elsewhere() -> None:
+    """final_alpha_cumprod is an attribute, which may be set"""
+    theirs, ours = a_pair(DDIMScheduler)
+    x, out = tensors(SHAPE, SHAPE)
+    for end in (1.0, 0.99):
+        theirs.final_alpha_cumprod = ours.final_alpha_cumprod = torch.tensor(end)
+        assert_steps(ours, theirs, out, 50, x, 1e-5)
+
+
+def test_noise_that_is_not_asked_for_is_not_looked_at(launches) -> None:
+    theirs, ours = a_pair(DDIMScheduler)
+    x, out = tensors(SHAPE, SHAPE)
+    assert_steps(ours, theirs, out, 500, x, 1e-5, variance_noise=torch.zeros(7))
+    assert len(launches) == 1
+
+
+@STOCK
+def test_inference_mode(stock: type, launches) -> None:
+    """Its tensors count no versions"""
+    with torch.inference_mode():
+        theirs, ours = a_pair(stock)
+        x, out = tensors(SHAPE, SHAPE)
+        for t in ours.timesteps:
+            assert_steps(ours, theirs, out, t, x, 1e-5)
+    assert len(launches) == 10
 
 
 def test_ddpm_with_timesteps_of_ones_own(launches) -> None:
@@ -369,18 +409,26 @@ def test_gradients_are_theirs(stock: type, wanted: str) -> None:
     assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
+def dual(f, x: torch.Tensor) -> torch.Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack((x, 2 * x))),
+    "dual": dual,
+}
+
+
 @STOCK
-def test_transforms_see_their_step(stock: type) -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_see_their_step(stock: type, transform: str, launches) -> None:
     theirs, ours = a_pair(stock, 10, clip_sample=False)
     x, out = tensors(SHAPE, SHAPE)
-
-    def pushed(scheduler: Any) -> torch.Tensor:
-        def f(x: torch.Tensor) -> torch.Tensor:
-            return stepped(scheduler, out, 0, x)[0]
-
-        return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
-
-    assert torch.equal(pushed(ours), pushed(theirs)) and pushed(ours).abs().max() > 0
+    got, expected = (TRANSFORMS[transform](lambda x, s=s: s.step(out, 0, x)[0], x) for s in (ours, theirs))
+    assert torch.equal(got, expected) and got.abs().max() > 0 and not launches
 
 
 @pytest.mark.parametrize(
