@@ -161,6 +161,10 @@ def weights_of(config: dict[str, Any]) -> dict[str, torch.Tensor]:
         ({"num_class_embeds": 0}, "num_class_embeds must be in .*got 0"),
         ({"attention_head_dim": 0}, "attention_head_dim must be in .*got 0"),
         ({"attention_head_dim": 3}, r"attention_head_dim must divide .*\[32\].*got 3"),
+        (
+            {**their_config("A-", (16, 24)), "attention_head_dim": 16},
+            r"attention_head_dim must divide .*\[16, 24\].*got 16",
+        ),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
         ({"sample_size": None}, "sample_size must be given, and equal to image_size"),
         ({"sample_size": 7}, "sample_size must be divisible by 2 for 2 levels, got 7"),
