@@ -15,7 +15,7 @@ from fastdiff import Classifier, DiffusionModel, sample
 from fastdiff.convert.guided_diffusion import model_from_guided_diffusion, state_to_guided_diffusion
 from fastdiff.convert.published import PUBLISHED
 from fastdiff.convert.shapes import readings, shown
-from fastdiff.model import EncoderUNet, SuperResolutionUNet, UNet
+from fastdiff.model import EncoderConfig, EncoderUNet, SuperResolutionUNet, UNet, UNetConfig
 
 FACTS = Path(__file__).parent / "published"
 CHECKPOINTS = json.loads(gzip.decompress((FACTS / "keys.json.gz").read_bytes()))
@@ -287,8 +287,6 @@ def test_a_choice_that_the_shapes_leave_is_asked_for() -> None:
 
 def test_levels_that_the_shapes_leave_open_are_asked_for() -> None:
     """Two levels of two blocks and a halving one, or three of one: an encoder of one width does not show which"""
-    from fastdiff.model import EncoderConfig
-
     config = EncoderConfig(
         **{"image_size": 16, "channels": 32, "channel_mult": (1, 1), "num_blocks": 2, "attention_resolutions": ()},
         **{"num_heads": 1, "head_channels": None, "out_channels": 5, "pool": "adaptive"},
@@ -299,6 +297,30 @@ def test_levels_that_the_shapes_leave_open_are_asked_for() -> None:
     model = model_from_guided_diffusion(state, **flags, num_blocks=2)
     assert model.network.config == config
     refused(r"num_blocks must be among \[1, 2, 5\]", state, **flags, num_blocks=3)
+
+
+TWO_LEVELS: dict[str, Any] = {"image_size": 16, "channels": 32, "num_blocks": 2, "num_heads": 1, "head_channels": None}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=()),
+        UNetConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=(16,)),
+        UNetConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=(), resblock_updown=False),
+        UNetConfig(**TWO_LEVELS, channel_mult=(1, 1, 1), attention_resolutions=(8,), in_channels=4, out_channels=8),
+        EncoderConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=(16, 8), pool="adaptive"),
+        EncoderConfig(**TWO_LEVELS, channel_mult=(1, 2), attention_resolutions=(), pool="spatial"),
+        EncoderConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=(8,), resblock_updown=False),
+    ],
+    ids=lambda config: f"{type(config).__name__}-{config.channel_mult}-{config.attention_resolutions}",
+)
+def test_levels_that_the_shapes_show_are_not_asked_for(config: UNetConfig | EncoderConfig) -> None:
+    """By the blocks that double the resolution, by attention, which never follows one that halves it, or by widths"""
+    network = UNet(config) if isinstance(config, UNetConfig) else EncoderUNet(config)
+    state = state_to_guided_diffusion(network, "legacy")
+    flags = dict(image_size=16, num_heads=1, schedule="linear", num_train_timesteps=1000, dtype=torch.float32)
+    assert model_from_guided_diffusion(state, **flags).network.config == config
 
 
 @pytest.mark.parametrize(
@@ -342,8 +364,6 @@ def test_wrong_weights_are_named() -> None:
 
 
 def test_networks_that_guided_diffusion_cannot_hold() -> None:
-    from fastdiff.model import UNetConfig
-
     with pytest.raises(TypeError, match="network must be a UNet, SuperResolutionUNet or EncoderUNet, got Linear"):
         state_to_guided_diffusion(torch.nn.Linear(2, 2), "new")
     fields: dict[str, Any] = {"channel_mult": (1,), "num_blocks": 1, "attention_resolutions": ()}
