@@ -228,6 +228,18 @@ def test_a_published_network_needs_no_flag_and_heeds_those_that_are_given() -> N
     assert (other.schedule.name, other.provenance["attention_order"], other.name) == ("linear", "new", "mine")
 
 
+def test_a_published_network_of_improved_diffusion() -> None:
+    keys = meta_state("cifar10_uncond_50M_500K").items()
+    state = {key: torch.zeros(value.shape, dtype=torch.bfloat16) for key, value in keys}
+    model = model_from_guided_diffusion(state)
+    config = model.network.config
+    assert isinstance(model, DiffusionModel) and model.name == "iddpm-cifar-10" and model.image_shape == (3, 32, 32)
+    assert (config.num_heads, config.head_channels, config.dropout, config.time_scale) == (4, None, 0.3, 0.25)
+    assert (model.num_classes, model.variance, model.dtype) == (None, "learned_range", torch.float32)
+    config = model_from_guided_diffusion(state, head_channels=64, num_train_timesteps=1000).network.config
+    assert (config.num_heads, config.head_channels, config.time_scale) == (None, 64, 1.0)
+
+
 # ---- what is missing or wrong
 
 
@@ -357,6 +369,8 @@ def test_wrong_weights_are_named() -> None:
     refused("not floating-point: out.0.bias", state | {"out.0.bias": torch.zeros(32, dtype=torch.int64)}, **flags)
     refused("time_embed.0.weight must have 2 dimensions .*no such key", {"a": torch.zeros(1)}, **flags)
     refused("input_blocks.0.0.weight must have 4", state | {"input_blocks.0.0.weight": torch.zeros(2, 2)}, **flags)
+    empty = state | {"time_embed.0.weight": torch.zeros(0, 0)}
+    refused(r"time_embed.0.weight must have 2 dimensions .*got \[0, 0\]", empty, **flags)
     none = {key: value for key, value in state.items() if not key.startswith("input_blocks.3.")}
     refused("levels differ", none, **flags)
     many = state | {"input_blocks.999999.0.weight": torch.zeros(1)}
