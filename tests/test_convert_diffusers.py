@@ -57,6 +57,19 @@ CONFIGS = [
     pytest.param(
         their_config("-A", (16, 32), resnet_time_scale_shift="default", attn_norm_num_groups=None), id="embedding-added"
     ),
+    pytest.param(
+        their_config("-A", (16, 32), resample="conv")
+        | {"down_block_types": ("UNetResDownBlock2D", "UNetResAttnDownBlock2D")},
+        id="old-block-names",
+    ),
+    pytest.param(
+        their_config("--", (16, 32), down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D")),
+        id="a-last-block-of-another-type",
+    ),
+    pytest.param(their_config("-A", (16, 32), flip_sin_to_cos=False), id="sines-first"),
+    pytest.param(
+        their_config("-A", (16, 32), add_attention=False, attn_norm_num_groups=None), id="no-attention-in-the-middle"
+    ),
 ]
 
 
