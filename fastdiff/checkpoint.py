@@ -50,6 +50,9 @@ _MISTAKEN = {
     "classifier": "is a classifier's, not a diffusion model's; fastdiff.load_classifier reads it",
 }
 
+# of a sentence about what is wrong, in letters
+_LONGEST = 2000
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -318,7 +321,9 @@ def blaming(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{path}: {error or type(error).__name__}") from error
+        reason = str(error) or type(error).__name__
+        # a damaged file can make a sentence as long as itself
+        raise CheckpointError(f"{path}: {reason[:_LONGEST]}{'...' if len(reason) > _LONGEST else ''}") from error
 
 
 def _stored(state: Tensors, storage_dtype: torch.dtype | None) -> Tensors:

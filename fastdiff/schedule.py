@@ -21,6 +21,9 @@ __all__ = ["SCHEDULES", "Schedule", "Steps", "cosine_betas", "linear_betas", "ti
 Array = npt.NDArray[np.float64]
 Steps = int | str | Sequence[float]
 
+# beyond which T is a mistake
+MOST_TIMESTEPS = 2**20
+
 
 def linear_betas(num_train_timesteps: int) -> Array:
     """Linear betas of DDPM section 4, scaled so that every T destroys the same amount of signal; float64 (T,).
@@ -69,9 +72,10 @@ class Schedule:
         """The schedule SCHEDULES[name] of length T. ValueError lists the names."""
         if not isinstance(name, str) or name not in SCHEDULES:
             raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {name!r}")
-        if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be an integer of at least 1, got {num_train_timesteps!r}")
-        return cls(SCHEDULES[name](num_train_timesteps), name)
+        T = num_train_timesteps
+        if isinstance(T, bool) or not isinstance(T, int) or not 1 <= T <= MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps must be an integer in [1, {MOST_TIMESTEPS}], got {T!r}")
+        return cls(SCHEDULES[name](T), name)
 
     @property
     def num_train_timesteps(self) -> int:

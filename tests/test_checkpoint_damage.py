@@ -31,6 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdiff.checkpoint import CheckpointError, load, save
+from fastdiff.manifest import Manifest
 
 
 @pytest.fixture
@@ -262,6 +263,18 @@ def test_a_config_that_is_not_exactly_right_is_refused(fault: str, folder: Path)
 def test_a_config_that_is_no_config(text: bytes, word: str, folder: Path) -> None:
     (folder / "config.json").write_bytes(text)
     refused(folder, word)
+
+
+def test_a_long_value_makes_no_long_sentence(folder: Path) -> None:
+    config = config_of(folder)
+    config["network"]["channels"] = "a" * 10**5
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len(refused(folder, "channels must be an int")) < 4000
+
+
+def test_a_deep_config_is_a_value_error_of_the_manifest() -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        Manifest.parse(b"[" * 100_000)
 
 
 class Touch:

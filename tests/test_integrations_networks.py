@@ -211,6 +211,17 @@ def test_load_opens_the_folder_of_a_dit(folder: Path, monkeypatch: pytest.Monkey
     refused(folder, "needs diffusers; pip install diffusers", by=fastdiff.load)
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_part_says_which_class_it_is(part: str, folder: Path) -> None:
+    """diffusers itself would warn, and make another of it"""
+    path = folder / part / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
+    refused(folder, str(path), "_class_name must be", "got 'UNet2DModel'", by=dit_model)
+    path.write_text(json.dumps(config)[:-1] + ', "_class_name": "x"}')
+    refused(folder, str(path), "twice", by=dit_model)
+
+
 def test_a_folder_is_read_strictly(folder: Path) -> None:
     """diffusers itself would leave what is missing random"""
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"

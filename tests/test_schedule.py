@@ -65,7 +65,7 @@ def test_a_linear_chain_too_short_for_its_betas(length):
         Schedule.named("linear", length)
 
 
-@pytest.mark.parametrize("length", [0, -1, True, 10.0])
+@pytest.mark.parametrize("length", [0, -1, True, 10.0, 2**20 + 1, 2**63])
 def test_a_length_that_is_none(length):
     with pytest.raises(ValueError, match="num_train_timesteps must be"):
         Schedule.named("cosine", length)

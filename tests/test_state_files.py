@@ -123,6 +123,15 @@ class Evil:
         return os.system, ("touch executed",)
 
 
+def zipped(data: bytes, *, compression: int = zipfile.ZIP_STORED, **changed: bytes) -> bytes:
+    """An archive of torch.save again, entries that end in a name of `changed` replaced"""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, changed.get(name.split("/")[-1], old.read(name)))
+    return buffer.getvalue()
+
+
 def damaged(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
     whole = torch_saved(state)
     archive = io.BytesIO()
@@ -148,6 +157,8 @@ def damaged(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
         "expanded": torch_saved(state | {"out.2.bias": torch.zeros(1).expand(3, 2**40)}),
         "on meta": torch_saved(state | {"out.2.bias": torch.zeros(3, device="meta")}),
         "NaN": torch_saved(state | {"out.2.bias": torch.tensor([0.0, float("nan"), 0.0])}),
+        "compressed": zipped(whole, compression=zipfile.ZIP_DEFLATED),
+        "a long byte order": zipped(whole, byteorder=b"x" * 10**6),
         "missing key": torch_saved({key: value for key, value in state.items() if key != "out.2.bias"}),
     }
 
@@ -161,6 +172,7 @@ WORDS = {
     "expanded": "dense tensors",
     "on meta": "dense tensors",
     "NaN": "allow_nonfinite=True",
+    "compressed": "torch.save compresses nothing",
     "missing key": "missing keys: out.2.bias",
     "nothing": "state dict",
 }
@@ -172,9 +184,25 @@ def test_damaged_and_evil_files_are_refused_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path, damaged(state)[kind])
-    refused(path, WORDS.get(kind, ""), by=load, **FLAGS)
+    assert len(refused(path, WORDS.get(kind, ""), by=load, **FLAGS)) < 4000
     assert not (tmp_path / "executed").exists()
     assert_loaded(written(tmp_path, torch_saved(state)), state)
+
+
+def test_a_small_archive_of_much_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, torch.Tensor]
+) -> None:
+    bomb = zipped(torch_saved(state), compression=zipfile.ZIP_DEFLATED, version=bytes(10**8))
+    path = written(tmp_path, bomb)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("read"))
+    refused(path, f"has {len(bomb)} bytes and says that it holds 10", by=load, **FLAGS)
+
+
+def test_names_are_text(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    path = written(tmp_path, torch_saved(state))
+    for name in (3, False, ["x"]):
+        refused(path, "name must be a str or None", by=load, **FLAGS, name=name)
+    assert load(path, **FLAGS, name="mine").name == "mine"
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "trailing", "lying header", "PNG", "pickle"])

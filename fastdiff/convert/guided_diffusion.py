@@ -106,6 +106,8 @@ def model_from_guided_diffusion(
     """
     if unknown := sorted(flags.keys() - Flags.__annotations__.keys()):
         raise TypeError(f"flags must be among {sorted(Flags.__annotations__)}, got {unknown}")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a str or None, got {name!r}")
     flags = {key: value for key, value in flags.items() if value is not None}
     visible, published = _recognised({key: tuple(value.shape) for key, value in state_dict.items()}, flags)
     facts = _facts(visible, published, flags)

@@ -17,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.diffusion_model import DiffusionModel
-from fastdiff.schedule import SCHEDULES, Schedule, cosine_betas
+from fastdiff.schedule import MOST_TIMESTEPS, SCHEDULES, Schedule, cosine_betas
 
 __all__ = ["SchedulerFacts", "scheduler_from_diffusers", "scheduler_to_diffusers"]
 
 Array = npt.NDArray[np.float64]
 
-MOST_TIMESTEPS = 2**20
 # The defaults of both classes: a config of the Hub may leave keys out
 _SHARED: dict[str, Any] = {
     "num_train_timesteps": 1000,

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,26 @@ def _safetensors(data: bytes) -> Any:
 
 
 def _pickled(data: bytes) -> Any:
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        _check_archive(data)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # damaged archives and pickles end in almost any error
     except Exception as error:
         why = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"is not a file of torch.save that holds tensors only; nothing was executed: {why}") from error
+
+
+def _check_archive(data: bytes) -> None:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            total = sum(entry.file_size for entry in archive.infolist())
+    # a damaged directory ends in almost any error
+    except Exception as error:
+        raise ValueError(f"is a damaged archive: {error}") from error
+    # torch.save compresses nothing, a small file that grows without bound does
+    if total > len(data):
+        raise ValueError(f"has {len(data)} bytes and says that it holds {total}; torch.save compresses nothing")
 
 
 def _check_tensors(state: Any, size: int) -> None:

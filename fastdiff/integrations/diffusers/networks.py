@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from diffusers.utils import is_accelerate_available
 
 from fastdiff.checkpoint import blaming
 from fastdiff.convert.diffusers_folder import DIT_CLASSES, row_labels
-from fastdiff.convert.diffusers_layout import Found, look, scheduler_facts, variance_of
+from fastdiff.convert.diffusers_layout import CONFIG, Found, look, read_json, scheduler_facts, variance_of
 from fastdiff.convert.schedulers import SchedulerFacts, scheduler_from_diffusers
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.manifest import listed
@@ -226,9 +227,8 @@ def _from_folder(folder: Path, part: str, kind: type[Any], scheduler: Any, **pla
     device, dtype = placing["device"], placing["dtype"]
     device = torch.device("cpu") if device is None else resolve_device(device)
     found = look(folder)
-    known = DIT_CLASSES if kind is DiTTransformer2DModel else (kind.__name__,)
     with blaming(folder):
-        if found.network_class not in known:
+        if found.network_class not in _names(kind):
             raise ValueError(f"must hold a {kind.__name__} as its {part}, got {found.network_class[:80]!r}")
     facts = scheduler_facts(folder, found, None if scheduler is None else _config_of(scheduler))
     run = None if dtype is None else runnable_dtype(dtype, device)
@@ -238,6 +238,11 @@ def _from_folder(folder: Path, part: str, kind: type[Any], scheduler: Any, **pla
         for path, of in parts
     )
     return _Sourced(network, vae, facts, dtype, found.labels, folder.resolve().name)
+
+
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    """What folders call a class"""
+    return DIT_CLASSES if kind is DiTTransformer2DModel else (kind.__name__,)
 
 
 def _config_of(scheduler: Any) -> Any:
@@ -259,6 +264,11 @@ def _checked_vae(vae: Any) -> AutoencoderKL | None:
 
 def _loaded(kind: type[Any], folder: Path, variant: str | None, allow_nonfinite: bool) -> Any:
     """A module of a folder in eval mode, strictly: diffusers itself leaves what the file lacks random"""
+    with blaming(folder / CONFIG):
+        # strictly, and the class too: diffusers warns of another and goes on
+        name = read_json(folder / CONFIG).get("_class_name")
+        if name not in _names(kind):
+            raise ValueError(f"_class_name must be {kind.__name__!r}, got {reprlib.repr(name)}")
     with blaming(folder):
         try:
             with torch.random.fork_rng(devices=[]):
