@@ -63,7 +63,9 @@ ORIGIN = $(if $(COMMIT),--commit $(COMMIT)) $(if $(STATE),--state $(STATE))
 NETWORK_SHARDS = $(foreach images,n1 n8 n64,$(foreach w,w0 w1.5,$(foreach network,adm64 adm128hc64,\
 	network-$(network)-cuda-float16-$(images)-$(w)))) ladder-adm64-cuda-float16-n1- ladder-adm64-cuda-float16-n8-
 TRAINING_SHARDS = $(foreach network,adm64 digits,$(foreach dtype,float32 bfloat16,training-$(network)-cuda-$(dtype)))
-SHARDS ?= bench_sampler $(NETWORK_SHARDS) $(TRAINING_SHARDS) guided_step- q_sample- philox- residual-adm64 residual-adm256 backward-adm64 backward-adm256 \
+PIPELINE_SHARDS = $(foreach case,ddim-adm64-cuda-float16 ddim-adm64-cuda-bfloat16 ddpm-adm64-cuda-float16,\
+	$(foreach images,n1 n8 n64,pipeline-$(case)-$(images)-)) scheduler-ddim scheduler-ddpm
+SHARDS ?= bench_sampler $(NETWORK_SHARDS) $(TRAINING_SHARDS) $(PIPELINE_SHARDS) guided_step- q_sample- philox- residual-adm64 residual-adm256 backward-adm64 backward-adm256 \
 	$(foreach network,adm64 adm256,$(foreach batch,b16 b2 b128,$(foreach op,norm fused,$(op)-$(network)-$(batch)-)))
 gpu: gpu-tests gpu-bench
 

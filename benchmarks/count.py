@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import published
 from benchmarks.registry import passes, tier_bytes
+from benchmarks.scheduler_steps import counted_steps
 from benchmarks.sites import NETWORKS
 from benchmarks.traffic import plan_bytes
 from fastdiff.evaluation.results import Row, append_row, git_state, results_file
@@ -340,16 +341,26 @@ def table() -> Iterator[Row]:
             yield common | {"composition": tier, "launches": launches, "bytes_per_image": tier_bytes(name, tier)}
 
 
+def scheduler_table() -> Iterator[Row]:
+    """Rows of kind "count": a step of diffusers' schedulers alone and of the fused ones, one float16 image"""
+    for network, name, step in counted_steps():
+        made = count(step)
+        yield {
+            **{"kind": "count", "network": network, "dtype": "float16", "rows": 1, "composition": name},
+            **{"launches": made.launches, "bytes_per_image": made.bytes, "by_op": dict(made.by_op.most_common())},
+        }
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.count", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=None, help="folder or .jsonl file to append the rows to; default: only prints")
     out = parser.parse_args(arguments).out
     heads = f"{'launches':>8} {'GB/image':>9} {'weights GB':>10} {'read again':>10} {'layout copies':>13}"
     print(f"{'network':8} {'composition':30} {heads}")
-    rows = list(table())
+    rows = [*table(), *scheduler_table()]
     for row in rows:
         line = f"{row['network']:8} {row['composition']:30} {row['launches']:8} {row['bytes_per_image'] / 1e9:9.4f}"
-        if "weight_bytes" in row:
+        if "layout_copies" in row:
             copies = sum(row["layout_copies"].values())
             line += f" {row['weight_bytes'] / 1e9:10.3f} {row['reread_bytes_per_image'] / 1e9:10.4f} {copies:13}"
         print(line)

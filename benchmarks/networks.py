@@ -56,6 +56,10 @@ class Case:
         return f"{self.network.replace('-', '')}-{self.device}-{self.dtype}-n{self.images}-w{self.w:g}"
 
     @property
+    def steps(self) -> int:
+        return STEPS
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 

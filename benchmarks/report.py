@@ -1,8 +1,8 @@
-"""What the rows of whole networks and of training say, as README's tables and two pictures
+"""What the rows of whole networks, of training and of pipelines say, as README's tables and two pictures
 
     python -m benchmarks.report [--results benchmarks/results] [--readme README.md] [--docs docs]
 
-The tables go between <!-- networks --> and <!-- /networks -->, <!-- training --> and <!-- /training -->;
+The tables go between <!-- networks --> and <!-- /networks -->, and those of training and pipeline likewise;
 docs/ladder.png and docs/batch.png are drawn where there are rows of them (batch: of a GPU). Of every case and device
 the rows of the last run count. A ratio is written where p20 to p80 of the two do not overlap, and only there; what is
 absent is called so.
@@ -11,17 +11,21 @@ absent is called so.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import training
 from benchmarks.networks import CONFIGS
 from benchmarks.registry import ITEM, passes
+from benchmarks.scheduler_steps import SHAPES
 from benchmarks.sites import blocks
 from benchmarks.timing import LEAST_ROUNDS
 from fastdiff.evaluation.results import Row, read_rows
 from fastdiff.model import PRESETS
+
+Cell = Callable[[Row, Row], str]
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "not measured"
@@ -37,25 +41,36 @@ PROVIDERS = {
     "diffusers-freezing": "with freezing",
     "diffusers-graph": "CUDA graph",
 }
+# in a pipeline, beside the stock scheduler
+PIPELINES = {
+    "diffusers": "diffusers",
+    "diffusers-again": "diffusers again",
+    "diffusers-fused": "step fused",
+    "fused-reference": "reference of the fused step",
+    "fastdiff": "fastdiff",
+}
 BACKENDS = {"cpu": "a CPU", "cuda": "a GPU"}
 
-NETWORKS = list(dict.fromkeys([*CONFIGS, *training.NETWORKS]))
+NETWORKS = list(dict.fromkeys([*CONFIGS, *training.NETWORKS, *SHAPES]))
+NAMES = {"dit": "DiT's latents"}
 
 # what dense products in half precision and copies reach at most, by a part of the device's name
 FLOP_PER_S = 790e12
 BYTES_PER_S = {"H100": 3.0e12, "H200": 4.3e12}
 
 
-def latest(rows: Iterable[Row], case: str) -> dict[tuple[str, str], list[Row]]:
-    """Rows of the last whole run by (id, device): those that were timed in turn; rehearsals left out"""
+def latest(rows: Iterable[Row], case: str, last: str = "fastdiff") -> dict[tuple[str, str], list[Row]]:
+    """Rows of the last whole run by (id, device): those that were timed in turn; rehearsals left out
+
+    last: the provider whose row is a run's last.
+    """
     runs: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
         if row.get("case") == case and row["network"] != "toy" and row.get("whole", True):
             runs.setdefault((row["id"], row["device"]), {}).setdefault(row["when"], []).append(row)
     found = {}
     for key, of in runs.items():
-        # a run's last row is fastdiff's
-        whole = [when for when, run in of.items() if any(row["provider"] == "fastdiff" for row in run)]
+        whole = [when for when, run in of.items() if any(row["provider"] == last for row in run)]
         if whole:
             found[key] = of[max(whole)]
     return found
@@ -70,17 +85,25 @@ def times_as_fast(mine: Row, other: Row) -> float | None:
     return None
 
 
-def _compared(value: float, row: Row, mine: Row) -> str:
-    ratio = times_as_fast(mine, row)
+def _with_ratio(value: float, ratio: float | None) -> str:
     return f"{value:.4g}" if ratio is None else f"{value:.4g} ({ratio:.2f}x)"
 
 
 def step_cell(row: Row, mine: Row) -> str:
-    return _compared(row["p50_ms"], row, mine)
+    return _with_ratio(row["p50_ms"], times_as_fast(mine, row))
 
 
 def rate_cell(row: Row, mine: Row) -> str:
-    return _compared(row["images_per_s"], row, mine)
+    return _with_ratio(row["images_per_s"], times_as_fast(mine, row))
+
+
+def beside_stock_cell(row: Row, stock: Row) -> str:
+    """Its ratio is how many times as fast the row is, not the one beside it"""
+    return _with_ratio(row["p50_ms"], times_as_fast(row, stock))
+
+
+def microseconds_cell(row: Row, stock: Row) -> str:
+    return _with_ratio(1e3 * row["p50_ms"], times_as_fast(row, stock))
 
 
 def need_cell(row: Row, mine: Row) -> str:
@@ -94,23 +117,31 @@ def gpu_cell(row: Row, mine: Row) -> str:
     return ", ".join(parts)
 
 
-def _cell(row: Row | None, mine: Row, cell: Callable[[Row, Row], str]) -> str:
+def _cell(row: Row | None, mine: Row, cell: Cell) -> str:
     if row is None:
         return NOT_MEASURED
     return "absent" if "absent" in row else cell(row, mine)
 
 
-def _lines(cases: list[list[Row]], cell: Callable[[Row, Row], str]) -> list[str]:
-    asked = [name for name in PROVIDERS if any(row["provider"] == name for rows in cases for row in rows)]
-    lines = ["| | " + " | ".join(PROVIDERS[name] for name in asked) + " |", "| --- " * (len(asked) + 1) + "|"]
+def _lines(
+    cases: list[list[Row]], cell: Cell, providers: Mapping[str, str] = PROVIDERS, beside: str = "fastdiff"
+) -> list[str]:
+    """A line a case, a column a provider that any of them has; beside: the provider that cells are compared with"""
+    asked = [name for name in providers if any(row["provider"] == name for rows in cases for row in rows)]
+    lines = ["| | " + " | ".join(providers[name] for name in asked) + " |", "| --- " * (len(asked) + 1) + "|"]
     for rows in cases:
         by = {row["provider"]: row for row in rows}
-        mine = by["fastdiff"]
-        images = "1 image" if mine["images"] == 1 else f"{mine['images']} images"
-        w = f", w = {mine['w']:g}" if "w" in mine else ""
-        name = f"{mine['network'].replace('adm', 'ADM')}, {mine['dtype']}, {images}{w}"
-        lines.append(f"| {name} | " + " | ".join(_cell(by.get(p), mine, cell) for p in asked) + " |")
+        mine = by[beside]
+        lines.append(f"| {_name(mine)} | " + " | ".join(_cell(by.get(p), mine, cell) for p in asked) + " |")
     return lines
+
+
+def _name(row: Row) -> str:
+    parts = [NAMES.get(row["network"], row["network"].replace("adm", "ADM"))]
+    if "solver" in row:
+        parts.append(f"{row['solver'].upper()}-{row['steps']}")
+    parts += [row["dtype"], "1 image" if row["images"] == 1 else f"{row['images']} images"]
+    return ", ".join(parts + ([f"w = {row['w']:g}"] if "w" in row else []))
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -123,13 +154,22 @@ def training_table(rows: Iterable[Row]) -> str:
     return _parts(rows, "training", _training)
 
 
-def _parts(rows: Iterable[Row], case: str, part: Callable[[list[list[Row]], str], list[str]]) -> str:
-    groups = latest(rows, case)
+def pipeline_table(rows: Iterable[Row]) -> str:
+    """README's text on pipelines of diffusers, likewise, and that on a scheduler's step alone"""
+    rows = list(rows)
+    return _parts(rows, "pipeline", _pipelines) + "\n\n" + _parts(rows, "scheduler", _steps, "diffusers-fused")
+
+
+def _parts(
+    rows: Iterable[Row], case: str, part: Callable[[list[list[Row]], str], list[str]], last: str = "fastdiff"
+) -> str:
+    groups = latest(rows, case, last)
     parts = []
     for backend, where in BACKENDS.items():
         devices = sorted({device for (_, device), of in groups.items() if of[0]["backend"] == backend})
         if not devices:
-            parts.append(f"On {where}: {NOT_MEASURED}.")
+            what = "A scheduler's step alone on" if case == "scheduler" else "On"
+            parts.append(f"{what} {where}: {NOT_MEASURED}.")
         for device in devices:
             cases = [of for (_, at), of in sorted(groups.items(), key=_order) if at == device]
             parts += part(cases, backend)
@@ -138,16 +178,17 @@ def _parts(rows: Iterable[Row], case: str, part: Callable[[list[list[Row]], str]
 
 def _order(item: tuple[tuple[str, str], list[Row]]) -> tuple[Any, ...]:
     row = item[1][0]
-    return NETWORKS.index(row["network"]), row["dtype"] != "float32", row["images"], row.get("w", 0.0)
+    solver = row.get("solver", "")
+    return NETWORKS.index(row["network"]), solver, row["dtype"] != "float32", row["images"], row.get("w", 0.0)
 
 
-def _head(cases: list[list[Row]], backend: str, what: str) -> str:
+def _head(cases: list[list[Row]], backend: str, what: str, whose: str = "fastdiff is") -> str:
     every = [row for rows in cases for row in rows]
     commits = sorted({row["commit"] + (" with changes" if row["dirty"] else "") for row in every})
     threads = f", {every[0]['threads']} threads" if backend == "cpu" else ""
     return (
         f"{every[0]['device']}{threads}, torch {every[0]['torch']}, commit {', '.join(commits)}: {what}, medians, and "
-        f"how many times as fast fastdiff is where p20 to p80 of {LEAST_ROUNDS} calls or more do not overlap."
+        f"how many times as fast {whose} where p20 to p80 of {LEAST_ROUNDS} calls or more do not overlap."
     )
 
 
@@ -171,7 +212,26 @@ def _training(cases: list[list[Row]], backend: str) -> list[str]:
     ]
 
 
-TABLES = {"networks": table, "training": training_table}
+def _pipelines(cases: list[list[Row]], backend: str) -> list[str]:
+    lines = partial(_lines, cases, providers=PIPELINES, beside="diffusers")
+    whose = "as the pipeline with the stock scheduler it is"
+    parts = [_head(cases, backend, "milliseconds a step", whose), "\n".join(lines(beside_stock_cell))]
+    parts += [
+        f"Seconds to the first images, weights loaded{', and peak memory' * (backend == 'cuda')}:",
+        "\n".join(lines(need_cell)),
+    ]
+    if backend == "cuda":
+        parts += ["Launches a step, and energy an image:", "\n".join(lines(gpu_cell))]
+    return parts
+
+
+def _steps(cases: list[list[Row]], backend: str) -> list[str]:
+    what = "microseconds of a scheduler's step alone"
+    head = _head(cases, backend, what, "as the stock scheduler it is")
+    return [head, "\n".join(_lines(cases, microseconds_cell, PIPELINES, "diffusers"))]
+
+
+TABLES = {"networks": table, "training": training_table, "pipeline": pipeline_table}
 
 
 def inserted(readme: str, name: str, text: str) -> str:

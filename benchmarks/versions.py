@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.networks import STEPS, Call, Problem
+from benchmarks.networks import STEPS, Call
 from benchmarks.observe import DeviceMemory
 from benchmarks.timing import LEAST_ROUNDS, percentiles
 from fastdiff.evaluation.results import Row
@@ -28,6 +28,46 @@ ROUNDS_S = {"cpu": 345.0, "cuda": 120.0}
 # of images in [-1, 1] against float32: largest difference in float32; in half precision the mean difference is held to
 # so many times that of a loop by hand in that dtype, as most pixels are clipped and even wrong images lie near
 TOLERANCE, HALF_TOLERANCE = 1e-2, 2.0
+
+
+class Named(Protocol):
+    """What a case of any kind is told apart by"""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+
+class Sampling(Named, Protocol):
+    """A case of sampling calls"""
+
+    @property
+    def network(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def images(self) -> int: ...
+
+    @property
+    def w(self) -> float: ...
+
+    @property
+    def steps(self) -> int: ...
+
+
+class Problem(Protocol):
+    """What its calls are given, and where"""
+
+    when: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def case(self) -> Sampling: ...
 
 
 @dataclasses.dataclass
@@ -121,8 +161,8 @@ def started(make: Callable[[], Call], problem: Problem, exact: Exact, weights: i
     return version
 
 
-def take_turns(versions: Mapping[str, Version], device: torch.device, rounds: int) -> None:
-    """Times calls of all versions in turn until there are enough rounds or the time is over"""
+def take_turns(versions: Mapping[str, Version], device: torch.device, rounds: int, steps: int = STEPS) -> None:
+    """Times calls, of so many steps, of all versions in turn until there are enough rounds or the time is over"""
     start = last = time.perf_counter()
     for done in range(min(rounds, MAX_ROUNDS[device.type])):
         now = time.perf_counter()
@@ -131,7 +171,7 @@ def take_turns(versions: Mapping[str, Version], device: torch.device, rounds: in
         last = now
         for version in versions.values():
             _, call_ms = timed(version.call, device)
-            version.times.append(call_ms / STEPS)
+            version.times.append(call_ms / steps)
             version.calls.append(call_ms)
 
 
@@ -140,7 +180,7 @@ def facts_of(problem: Problem, kind: str, version: Version | None = None) -> Row
     case = problem.case
     row: Row = {
         **{"case": kind, "id": f"{kind}-{case.id}", "network": case.network, "dtype": case.dtype},
-        **{"images": case.images, "w": case.w, "steps": STEPS, "when": problem.when},
+        **{"images": case.images, "w": case.w, "steps": case.steps, "when": problem.when},
     }
     if version is not None:
         call_ms = percentiles(version.calls)[1]
@@ -175,16 +215,6 @@ def as_benchmarked(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
-
-
-class Named(Protocol):
-    """What a case of any kind is told apart by"""
-
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def device(self) -> str: ...
 
 
 def parametrised(cpu: Sequence[Named], gpu: Sequence[Named], kind: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -44,6 +45,9 @@ def replace_all(files: Mapping[Path, bytes], remove: Iterable[Path] = ()) -> Non
     can fail for want of space does so before, and changes nothing.
     """
     *parts, whole = files
+    for path in files:
+        if path.is_dir():  # which os.replace would find out too late
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporaries = {path: _temporary(path) for path in files}
     path = whole
     try:

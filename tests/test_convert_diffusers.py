@@ -57,6 +57,19 @@ CONFIGS = [
     pytest.param(
         their_config("-A", (16, 32), resnet_time_scale_shift="default", attn_norm_num_groups=None), id="embedding-added"
     ),
+    pytest.param(
+        their_config("-A", (16, 32), resample="conv")
+        | {"down_block_types": ("UNetResDownBlock2D", "UNetResAttnDownBlock2D")},
+        id="old-block-names",
+    ),
+    pytest.param(
+        their_config("--", (16, 32), down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D")),
+        id="a-last-block-of-another-type",
+    ),
+    pytest.param(their_config("-A", (16, 32), flip_sin_to_cos=False), id="sines-first"),
+    pytest.param(
+        their_config("-A", (16, 32), add_attention=False, attn_norm_num_groups=None), id="no-attention-in-the-middle"
+    ),
 ]
 
 
@@ -161,6 +174,10 @@ def weights_of(config: dict[str, Any]) -> dict[str, torch.Tensor]:
         ({"num_class_embeds": 0}, "num_class_embeds must be in .*got 0"),
         ({"attention_head_dim": 0}, "attention_head_dim must be in .*got 0"),
         ({"attention_head_dim": 3}, r"attention_head_dim must divide .*\[32\].*got 3"),
+        (
+            {**their_config("A-", (16, 24)), "attention_head_dim": 16},
+            r"attention_head_dim must divide .*\[16, 24\].*got 16",
+        ),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
         ({"sample_size": None}, "sample_size must be given, and equal to image_size"),
         ({"sample_size": 7}, "sample_size must be divisible by 2 for 2 levels, got 7"),

@@ -500,6 +500,15 @@ def test_a_full_disk_changes_nothing(broken: int, target: str, tmp_path: Path, m
     assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_a_folder_in_a_files_place_changes_nothing(tmp_path: Path) -> None:
+    folder = save_folder(a_model(), tmp_path)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    (folder / "scheduler" / "scheduler_config.json").mkdir()
+    before = contents(folder)
+    refused(folder, "Is a directory", by=lambda path: save_folder(a_model(1), path, overwrite=True))
+    assert contents(folder) == before
+
+
 def test_a_save_cut_short_leaves_one_whole_pipeline_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, loaded = a_model(), a_model(1), []
     replace = os.replace

@@ -15,7 +15,7 @@ from fastdiff import Classifier, DiffusionModel, sample
 from fastdiff.convert.guided_diffusion import model_from_guided_diffusion, state_to_guided_diffusion
 from fastdiff.convert.published import PUBLISHED
 from fastdiff.convert.shapes import readings, shown
-from fastdiff.model import EncoderUNet, SuperResolutionUNet, UNet
+from fastdiff.model import EncoderConfig, EncoderUNet, SuperResolutionUNet, UNet, UNetConfig
 
 FACTS = Path(__file__).parent / "published"
 CHECKPOINTS = json.loads(gzip.decompress((FACTS / "keys.json.gz").read_bytes()))
@@ -228,6 +228,18 @@ def test_a_published_network_needs_no_flag_and_heeds_those_that_are_given() -> N
     assert (other.schedule.name, other.provenance["attention_order"], other.name) == ("linear", "new", "mine")
 
 
+def test_a_published_network_of_improved_diffusion() -> None:
+    keys = meta_state("cifar10_uncond_50M_500K").items()
+    state = {key: torch.zeros(value.shape, dtype=torch.bfloat16) for key, value in keys}
+    model = model_from_guided_diffusion(state)
+    config = model.network.config
+    assert isinstance(model, DiffusionModel) and model.name == "iddpm-cifar-10" and model.image_shape == (3, 32, 32)
+    assert (config.num_heads, config.head_channels, config.dropout, config.time_scale) == (4, None, 0.3, 0.25)
+    assert (model.num_classes, model.variance, model.dtype) == (None, "learned_range", torch.float32)
+    config = model_from_guided_diffusion(state, head_channels=64, num_train_timesteps=1000).network.config
+    assert (config.num_heads, config.head_channels, config.time_scale) == (None, 64, 1.0)
+
+
 # ---- what is missing or wrong
 
 
@@ -287,8 +299,6 @@ def test_a_choice_that_the_shapes_leave_is_asked_for() -> None:
 
 def test_levels_that_the_shapes_leave_open_are_asked_for() -> None:
     """Two levels of two blocks and a halving one, or three of one: an encoder of one width does not show which"""
-    from fastdiff.model import EncoderConfig
-
     config = EncoderConfig(
         **{"image_size": 16, "channels": 32, "channel_mult": (1, 1), "num_blocks": 2, "attention_resolutions": ()},
         **{"num_heads": 1, "head_channels": None, "out_channels": 5, "pool": "adaptive"},
@@ -299,6 +309,30 @@ def test_levels_that_the_shapes_leave_open_are_asked_for() -> None:
     model = model_from_guided_diffusion(state, **flags, num_blocks=2)
     assert model.network.config == config
     refused(r"num_blocks must be among \[1, 2, 5\]", state, **flags, num_blocks=3)
+
+
+TWO_LEVELS: dict[str, Any] = {"image_size": 16, "channels": 32, "num_blocks": 2, "num_heads": 1, "head_channels": None}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=()),
+        UNetConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=(16,)),
+        UNetConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=(), resblock_updown=False),
+        UNetConfig(**TWO_LEVELS, channel_mult=(1, 1, 1), attention_resolutions=(8,), in_channels=4, out_channels=8),
+        EncoderConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=(16, 8), pool="adaptive"),
+        EncoderConfig(**TWO_LEVELS, channel_mult=(1, 2), attention_resolutions=(), pool="spatial"),
+        EncoderConfig(**TWO_LEVELS, channel_mult=(1, 1), attention_resolutions=(8,), resblock_updown=False),
+    ],
+    ids=lambda config: f"{type(config).__name__}-{config.channel_mult}-{config.attention_resolutions}",
+)
+def test_levels_that_the_shapes_show_are_not_asked_for(config: UNetConfig | EncoderConfig) -> None:
+    """By the blocks that double the resolution, by attention, which never follows one that halves it, or by widths"""
+    network = UNet(config) if isinstance(config, UNetConfig) else EncoderUNet(config)
+    state = state_to_guided_diffusion(network, "legacy")
+    flags = dict(image_size=16, num_heads=1, schedule="linear", num_train_timesteps=1000, dtype=torch.float32)
+    assert model_from_guided_diffusion(state, **flags).network.config == config
 
 
 @pytest.mark.parametrize(
@@ -335,6 +369,8 @@ def test_wrong_weights_are_named() -> None:
     refused("not floating-point: out.0.bias", state | {"out.0.bias": torch.zeros(32, dtype=torch.int64)}, **flags)
     refused("time_embed.0.weight must have 2 dimensions .*no such key", {"a": torch.zeros(1)}, **flags)
     refused("input_blocks.0.0.weight must have 4", state | {"input_blocks.0.0.weight": torch.zeros(2, 2)}, **flags)
+    empty = state | {"time_embed.0.weight": torch.zeros(0, 0)}
+    refused(r"time_embed.0.weight must have 2 dimensions .*got \[0, 0\]", empty, **flags)
     none = {key: value for key, value in state.items() if not key.startswith("input_blocks.3.")}
     refused("levels differ", none, **flags)
     many = state | {"input_blocks.999999.0.weight": torch.zeros(1)}
@@ -342,8 +378,6 @@ def test_wrong_weights_are_named() -> None:
 
 
 def test_networks_that_guided_diffusion_cannot_hold() -> None:
-    from fastdiff.model import UNetConfig
-
     with pytest.raises(TypeError, match="network must be a UNet, SuperResolutionUNet or EncoderUNet, got Linear"):
         state_to_guided_diffusion(torch.nn.Linear(2, 2), "new")
     fields: dict[str, Any] = {"channel_mult": (1,), "num_blocks": 1, "attention_resolutions": ()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +14,22 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers.schedulers.scheduling_ddpm
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from reference.networks import mixing, mixing_learned, randomised
+from scheduler_cases import FUSED, PREDICTION, STOCK, a_pair, fused_everywhere, tensors
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastdiff
-from fastdiff.integrations.diffusers import FusedDDIMScheduler, FusedDDPMScheduler, schedulers
+from fastdiff.integrations.diffusers import schedulers
 
-ROOT = Path(__file__).resolve().parent.parent
-FUSED = {DDPMScheduler: FusedDDPMScheduler, DDIMScheduler: FusedDDIMScheduler}
-STOCK = pytest.mark.parametrize("stock", [DDPMScheduler, DDIMScheduler], ids=["ddpm", "ddim"])
-SPACINGS = ("leading", "linspace", "trailing")
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 CLIP = pytest.mark.parametrize("clip", [True, False], ids=["clip", "no clip"])
-PREDICTION = pytest.mark.parametrize("prediction", PREDICTIONS)
 SHAPE = (3, 2, 4, 4)
 
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch) -> list[torch.Tensor]:
-    """Fuses on this machine's CPU, too; a list that grows by the coefficients of every launch"""
-    seen: list[torch.Tensor] = []
-
-    def counted(x, out, coefs, *args, **kwargs):
-        seen.append(coefs)
-        guided_step(x, out, coefs, *args, **kwargs)
-
-    guided_step = schedulers.guided_step
-    monkeypatch.setattr(schedulers, "FUSED_ON", ("cpu", "cuda"))
-    monkeypatch.setattr(schedulers, "guided_step", counted)
-    return seen
-
-
-def a_pair(stock: type, steps: int | None = 10, **config: Any) -> tuple[Any, Any]:
-    """The stock scheduler and ours"""
-    theirs = stock(**config)
-    ours = FUSED[stock](**config)
-    if steps is not None:
-        theirs.set_timesteps(steps)
-        ours.set_timesteps(steps)
-    return theirs, ours
+    return fused_everywhere(monkeypatch)
 
 
 def in_float64(scheduler: Any) -> Any:
@@ -67,11 +39,6 @@ def in_float64(scheduler: Any) -> Any:
         if hasattr(scheduler, name):
             setattr(scheduler, name, getattr(scheduler, name).double())
     return scheduler
-
-
-def tensors(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def output_shape(config: Any) -> tuple[int, ...]:
@@ -155,7 +122,14 @@ def test_float32_steps_keep_the_rule(stock: type, prediction: str, schedule: str
 @STOCK
 @pytest.mark.parametrize(
     "dtypes",
-    ["float16 float16", "bfloat16 bfloat16", "float32 bfloat16", "float16 float32", "float64 float32"],
+    [
+        "float16 float16",
+        "bfloat16 bfloat16",
+        "float32 bfloat16",
+        "float16 float32",
+        "float64 float32",
+        "float32 float64",
+    ],
 )
 @PREDICTION
 def test_dtypes_are_theirs_and_no_less_accurate(stock: type, dtypes: str, prediction: str) -> None:
@@ -255,7 +229,12 @@ CHANGES = [
     pytest.param(lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2), id="chain"),
     pytest.param(lambda s: s.alphas_cumprod.mul_(0.9), id="chain-in-place"),
 ]
+OF_DDIM = [
+    pytest.param(lambda s: setattr(s, "num_inference_steps", 4), id="num_inference_steps"),
+    pytest.param(lambda s: setattr(s, "timesteps", s.timesteps.double()), id="timesteps-of-floats"),
+]
 OF_DDPM = [
+    pytest.param(lambda s: setattr(s, "timesteps", torch.tensor([900, 500, 350, 500, 9])), id="repeated-timesteps"),
     pytest.param(lambda s: setattr(s, "timesteps", torch.tensor([900, 500, 250, 1])), id="timesteps"),
     pytest.param(lambda s: s.timesteps[5:].sub_(50), id="timesteps-in-place"),
     pytest.param(lambda s: s.set_timesteps(timesteps=[500, 100]), id="timesteps-of-ones-own"),
@@ -267,7 +246,7 @@ OF_DDPM = [
 @pytest.mark.parametrize(
     ("stock", "change"),
     [pytest.param(stock, *case.values, id=f"{stock.__name__}-{case.id}")
-     for stock, cases in ((DDPMScheduler, CHANGES + OF_DDPM), (DDIMScheduler, CHANGES)) for case in cases],
+     for stock, cases in ((DDPMScheduler, CHANGES + OF_DDPM), (DDIMScheduler, CHANGES + OF_DDIM)) for case in cases],
 )  # fmt: skip
 def test_a_changed_scheduler_has_new_rows(stock: type, change, launches) -> None:
     theirs, ours = a_pair(stock, 10, variance_type="fixed_small") if stock is DDPMScheduler else a_pair(stock)
@@ -278,11 +257,38 @@ def test_a_changed_scheduler_has_new_rows(stock: type, change, launches) -> None
     got, expected = stepped(ours, out, 500, x), stepped(theirs, out, 500, x)
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-5)
-    if stock.__name__ == "DDPMScheduler" and theirs.variance_type != theirs.config.variance_type:
-        # theirs mixes the two
+    mixed = stock is DDPMScheduler and theirs.variance_type != theirs.config.variance_type
+    if mixed or theirs.timesteps.is_floating_point():
         assert len(launches) == 1 and torch.equal(got[0], expected[0])
     else:
         assert len(launches) == 2 and not torch.equal(got[0], before[0])
+
+
+def test_ddim_may_end_elsewhere() -> None:
+    """final_alpha_cumprod is an attribute, which may be set"""
+    theirs, ours = a_pair(DDIMScheduler)
+    x, out = tensors(SHAPE, SHAPE)
+    for end in (1.0, 0.99):
+        theirs.final_alpha_cumprod = ours.final_alpha_cumprod = torch.tensor(end)
+        assert_steps(ours, theirs, out, 50, x, 1e-5)
+
+
+def test_noise_that_is_not_asked_for_is_not_looked_at(launches) -> None:
+    theirs, ours = a_pair(DDIMScheduler)
+    x, out = tensors(SHAPE, SHAPE)
+    assert_steps(ours, theirs, out, 500, x, 1e-5, variance_noise=torch.zeros(7))
+    assert len(launches) == 1
+
+
+@STOCK
+def test_inference_mode(stock: type, launches) -> None:
+    """Its tensors count no versions"""
+    with torch.inference_mode():
+        theirs, ours = a_pair(stock)
+        x, out = tensors(SHAPE, SHAPE)
+        for t in ours.timesteps:
+            assert_steps(ours, theirs, out, t, x, 1e-5)
+    assert len(launches) == 10
 
 
 def test_ddpm_with_timesteps_of_ones_own(launches) -> None:
@@ -369,18 +375,26 @@ def test_gradients_are_theirs(stock: type, wanted: str) -> None:
     assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
+def dual(f, x: torch.Tensor) -> torch.Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack((x, 2 * x))),
+    "dual": dual,
+}
+
+
 @STOCK
-def test_transforms_see_their_step(stock: type) -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_see_their_step(stock: type, transform: str, launches) -> None:
     theirs, ours = a_pair(stock, 10, clip_sample=False)
     x, out = tensors(SHAPE, SHAPE)
-
-    def pushed(scheduler: Any) -> torch.Tensor:
-        def f(x: torch.Tensor) -> torch.Tensor:
-            return stepped(scheduler, out, 0, x)[0]
-
-        return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
-
-    assert torch.equal(pushed(ours), pushed(theirs)) and pushed(ours).abs().max() > 0
+    got, expected = (TRANSFORMS[transform](lambda x, s=s: s.step(out, 0, x)[0], x) for s in (ours, theirs))
+    assert torch.equal(got, expected) and got.abs().max() > 0 and not launches
 
 
 @pytest.mark.parametrize(
@@ -446,106 +460,6 @@ def test_a_copy_steps_alike() -> None:
     x, out = tensors(SHAPE, SHAPE)
     first = stepped(ours, out, 500, x)[0]
     assert torch.equal(stepped(copy.deepcopy(ours), out, 500, x)[0], first)
-
-
-# whole loops
-
-
-def tiny_unet(channels: int = 2) -> UNet2DModel:
-    unet = UNet2DModel(
-        **{"sample_size": 8, "in_channels": channels, "out_channels": channels, "layers_per_block": 1},
-        **{"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)},
-        **{"norm_num_groups": 4, "attention_head_dim": 4, "add_attention": False},
-    )
-    return randomised(unet)
-
-
-def piped(pipeline: type, scheduler: Any, generators: bool, **options: Any) -> np.ndarray:
-    pipe = pipeline(tiny_unet(3), scheduler)
-    # DDIMPipeline makes a stock DDIMScheduler of whatever it is given
-    pipe.scheduler = scheduler
-    pipe.set_progress_bar_config(disable=True)
-    given = [torch.Generator().manual_seed(i) for i in (5, 6)] if generators else torch.Generator().manual_seed(5)
-    return pipe(batch_size=2, generator=given, num_inference_steps=6, output_type="np", **options).images
-
-
-@pytest.mark.parametrize("generators", [False, True], ids=["generator", "generators"])
-@PREDICTION
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_pipelines_draw_the_same_images(spacing: str, prediction: str, generators: bool, launches) -> None:
-    config = {"timestep_spacing": spacing, "prediction_type": prediction}
-    for variance in ("fixed_small", "fixed_large"):
-        theirs, ours = a_pair(DDPMScheduler, None, variance_type=variance, **config)
-        images = [piped(DDPMPipeline, s, generators) for s in (theirs, ours)]
-        assert images[0].std() > 0.1 and np.abs(images[0] - images[1]).max() < 2e-5
-    for options in ({}, {"eta": 0.7}, {"eta": 1.0, "use_clipped_model_output": True}):
-        theirs, ours = a_pair(DDIMScheduler, None, **config)
-        images = [piped(DDIMPipeline, s, generators, **options) for s in (theirs, ours)]
-        assert images[0].std() > 0.1 and np.abs(images[0] - images[1]).max() < 2e-5
-    assert len(launches) == 6 * 5
-
-
-@STOCK
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
-def test_a_loop_over_guided_latents(stock: type, learned: bool, launches) -> None:
-    """DiTPipeline's: conditional and null halves of a batch that are kept alike, and a variance that DDIM never sees"""
-    learned_ddpm = {"variance_type": "learned_range"} if learned and stock is DDPMScheduler else {}
-    results = []
-    for scheduler in a_pair(stock, 8, clip_sample=False, **learned_ddpm):
-        x = tensors((3, 2, 4, 4))[0].repeat(2, 1, 1, 1)
-        labels = torch.tensor([3, 0, 7, 10, 10, 10])
-        generator = torch.Generator().manual_seed(0)
-        for t in scheduler.timesteps:
-            x = torch.cat([x[:3]] * 2)
-            out = (mixing_learned if learned else mixing)(x, t.expand(6).float(), labels)
-            eps, rest = out[:, :2], out[:, 2:]
-            eps = (eps[3:] + 4 * (eps[:3] - eps[3:])).repeat(2, 1, 1, 1)
-            out = torch.cat([eps, rest], 1) if learned_ddpm else eps
-            options = {"eta": 0.0} if stock is DDIMScheduler else {}
-            x = scheduler.step(out, t, x, generator=generator, **options).prev_sample
-        results.append(x)
-    scale = max(1.0, results[0].abs().max().item())
-    torch.testing.assert_close(*results, rtol=0, atol=1000 * 2**-24 * scale)
-    assert len(launches) == 8
-
-
-RELOAD = """
-import sys
-import numpy as np, torch
-import fastdiff
-assert "diffusers" not in sys.modules
-from diffusers import DDPMPipeline
-pipe = DDPMPipeline.from_pretrained(sys.argv[1])
-assert type(pipe.scheduler) is getattr(fastdiff, sys.argv[2]), type(pipe.scheduler)
-pipe.set_progress_bar_config(disable=True)
-generator = torch.Generator().manual_seed(5)
-np.save(sys.argv[3], pipe(batch_size=2, generator=generator, num_inference_steps=3, output_type="np").images)
-"""
-
-
-@STOCK
-def test_a_saved_pipeline_is_loaded_by_a_fresh_process(stock: type, tmp_path: Path) -> None:
-    def drawn(pipe: Any) -> np.ndarray:
-        generator = torch.Generator().manual_seed(5)
-        return pipe(batch_size=2, generator=generator, num_inference_steps=3, output_type="np").images
-
-    pipe = DDPMPipeline(tiny_unet(3), FUSED[stock](steps_offset=1))
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(tmp_path / "pipe")
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD, str(tmp_path / "pipe"), FUSED[stock].__name__, str(tmp_path / "images.npy")],
-        env=env, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "xpected" not in done.stderr, done.stderr
-    pipe.scheduler = stock.from_config(pipe.scheduler.config)
-    assert np.abs(np.load(tmp_path / "images.npy") - drawn(pipe)).max() < 2e-5
-
-
-def test_the_names_are_found_at_the_top() -> None:
-    assert fastdiff.FusedDDIMScheduler is FusedDDIMScheduler and fastdiff.FusedDDPMScheduler is FusedDDPMScheduler
-    assert FusedDDIMScheduler.__module__ == "fastdiff" and issubclass(FusedDDIMScheduler, fastdiff.SchedulerMixin)
 
 
 @pytest.mark.gpu

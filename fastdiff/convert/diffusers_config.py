@@ -243,6 +243,8 @@ def _attention_levels(config: Mapping[str, Any], levels: int) -> list[int]:
 
 def _resnets_resample(config: Mapping[str, Any], levels: int) -> bool:
     """Whether ResBlocks resample, or convolutions; the last block either way does not resample at all."""
+    if levels == 1:
+        return bool(config["downsample_type"] == "resnet")
     down = _block_types(config, "down_block_types", levels, _DOWN)[:-1]
     up = _block_types(config, "up_block_types", levels, _UP)[:-1]
     downs = {_DOWN[kind] or config["downsample_type"] or "conv" for kind in down}
@@ -255,7 +257,7 @@ def _resnets_resample(config: Mapping[str, Any], levels: int) -> bool:
         )
     if "conv" in downs:
         _expect(config, "downsample_padding", 1)
-    return (downs | ups) != {"conv"}
+    return "resnet" in downs
 
 
 def _head_dim(config: Mapping[str, Any], attended: list[int], last: int) -> int | None:

@@ -157,7 +157,7 @@ def _levels(shapes: Shapes, decodes: bool) -> Iterator[dict[str, Any]]:
             continue
         kind = str(kinds.pop()) if kinds else "conv"
         ends = {size * i + size - 1 for i in range(len(starts) - 1)}
-        if decodes and kind != "pool" and ends != _upsampled(shapes, kind):
+        if decodes and _upsampled(shapes) != (set() if kind == "pool" else ends):
             continue
         widths, attention = zip(*(level[0] for level in blocks if level[0]), strict=True)
         yield {
@@ -186,10 +186,9 @@ def _block(shapes: Shapes, index: int) -> tuple[int, bool] | None:
     return (shape[0], f"input_blocks.{index}.1.qkv.weight" in shapes) if len(shape) == 4 else None
 
 
-def _upsampled(shapes: Shapes, kind: str) -> set[int]:
+def _upsampled(shapes: Shapes) -> set[int]:
     """The output blocks that double the resolution by weights of their own"""
-    leaf = "in_layers.0" if kind == "block" else "conv"
-    pattern = rf"output_blocks\.(\d{{1,6}})\.[12]\.{re.escape(leaf)}\.weight"
+    pattern = r"output_blocks\.(\d{1,6})\.[12]\.(?:in_layers\.0|conv)\.weight"
     return {int(match[1]) for key in shapes if (match := re.fullmatch(pattern, key))}
 
 

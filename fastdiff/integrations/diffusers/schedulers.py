@@ -101,7 +101,7 @@ class _OneLaunch:
             return None
         chain = self._current_chain()
         time = _time(timestep, self.timesteps, chain.times)
-        if time is None or not 0 <= time < len(chain.abar):
+        if time is None:
             return None
         if len(chain.rows) >= MOST_OPTIONS and (options, dtype, device) not in chain.rows:
             chain.rows.clear()
@@ -361,6 +361,6 @@ def _launched(
         x_net=rounded,
         x0=x0,
         noise=None if noise is None else noise.to(x.dtype),
-        learned=learned and noise is not None,
+        learned=learned,
     )
     return x if rounded is None else rounded, x0.to(model_output.dtype if is_x0 else dtype)
