@@ -174,6 +174,20 @@ def test_a_repository_without_weights_says_what_it_has(online: Any) -> None:
     refused(NAME, "64x64_diffusion.pt", "odd.safetensors", "org/name:file")
 
 
+def test_a_revision_is_the_one_that_is_asked_for(online: Any) -> None:
+    hub = online(PIPELINE | LEFT)
+    for options in ({"name": f"{NAME}@refs/pr/1"}, {"name": NAME, "revision": "refs/pr/1"}):
+        hub.asked.clear()
+        snapshot(**options)
+        assert "GET /api/models/org/name/revision/refs/pr/1" in hub.asked
+    for options in ({"name": f"{NAME}@v2:model.pt"}, {"name": NAME, "revision": "v2", "file": "model.pt"}):
+        hub.asked.clear()
+        snapshot(**options)
+        assert "HEAD /org/name/resolve/v2/model.pt" in hub.asked
+        # and what it hashes to is asked of the commit that came
+        assert f"GET /api/models/org/name/revision/{COMMIT}" in hub.asked
+
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 STATES = {"online": {}, "its hashes unknown": {"without": ("blobs=",)}, "no network": {"status": 0}}
 

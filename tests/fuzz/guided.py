@@ -71,7 +71,7 @@ def load_guided(case: tuple[str, str, bytes]) -> Any:
 
 def judge_guided(case: Case, model: Any) -> str:
     name, file, data = case.mutated
-    state = told(data) if file.endswith(".safetensors") else torch.load(io.BytesIO(data), weights_only=True)
+    state = told(data) if file.endswith(".safetensors") else torch.load(io.BytesIO(data), "cpu", weights_only=True)
     assert_same_state(
         state_to_guided_diffusion(model.network, "legacy"), {key: value.float() for key, value in state.items()}
     )

@@ -122,10 +122,14 @@ def judge_scheduler(case: Case, facts: SchedulerFacts) -> str:
     told = peer.config
     assert facts.prediction == PREDICTIONS[told["prediction_type"]]
     assert facts.clip_x0 is told["clip_sample"]
-    assert facts.solver.get("x0_max", 1.0) == told["clip_sample_range"] or not facts.clip_x0
+    assert facts.solver.get("x0_max", 1.0) == float(told["clip_sample_range"]) or not facts.clip_x0
     ours = facts.solver
-    rows = timesteps(ours["spacing"].replace("N", str(count), 1), T)
-    assert list(rows) == peer.timesteps.tolist(), f"times {list(rows)[:5]} and not {peer.timesteps.tolist()[:5]}"
+    times = peer.timesteps.tolist()
+    try:
+        assert list(timesteps(ours["spacing"].replace("N", str(count), 1), T)) == times, f"times are {times}"
+    except ValueError:
+        # theirs looks them up beyond the end of its table
+        assert max(times) >= T, f"times are {times}"
     if ours["name"] == "ddpm":
         assert told["variance_type"].removesuffix("_log") == facts.variance
     else:
