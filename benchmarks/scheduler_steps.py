@@ -136,26 +136,27 @@ def check_chains(problem: Problem, made: dict[str, Chain]) -> dict[str, float]:
     return errors
 
 
-def counted_steps() -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """What benchmarks.count counts: a shape's name, a scheduler's, and a step of one float16 image without memory
+def meta_step(solver: str, network: str, *, fused: bool, dtype: torch.dtype) -> Callable[[], object]:
+    """A step of one image on tensors without memory, after the first, with which the rows of a chain are uploaded"""
+    x = torch.empty(1, *SHAPES[network], dtype=dtype, device="meta")
+    scheduler = scheduler_of(solver, network, fused=fused)
 
-    Nothing without diffusers.
-    """
+    def step() -> object:
+        with torch.no_grad(), fused_on("meta"):
+            return scheduler.step(x, scheduler.timesteps[1], x)
+
+    step()
+    return step
+
+
+def counted_steps() -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """What benchmarks.count counts: a network, a scheduler's name and its step in float16; nothing without diffusers"""
     try:
         import diffusers  # noqa: F401
     except ImportError:
         return
     for network in ("adm-64", "dit"):
-        x = torch.empty(1, *SHAPES[network], dtype=torch.float16, device="meta")
         for solver, name in SCHEDULERS.items():
             for fused in (False, True):
-                scheduler = scheduler_of(solver, network, fused=fused)
-
-                def step(scheduler: Any = scheduler, x: Tensor = x) -> object:
-                    with fused_on("meta"):
-                        return scheduler.step(x, scheduler.timesteps[1], x)
-
-                # the rows of a chain are uploaded with its first step
-                with torch.no_grad():
-                    step()
+                step = meta_step(solver, network, fused=fused, dtype=torch.float16)
                 yield network, f"{'Fused' if fused else ''}{name}.step", step

@@ -324,7 +324,7 @@ def test_labels_and_sizes_of_a_unet() -> None:
 def test_a_step_reads_nothing_on_the_host() -> None:
     """No .item() and no copy to the host inside a network, which would break a CUDA graph's capture"""
     unet = UNet2DModel(**UNET, num_class_embeds=5).eval()
-    for network, shape in ((DiTNetwork(transformer(), 8), LATENT), (UNet2DNetwork(unet), (3, 8, 8))):
+    for network, shape in ((DiTNetwork(transformer()), LATENT), (UNet2DNetwork(unet), (3, 8, 8))):
         x, t, y = torch.randn(2, *shape), torch.tensor([999.0, 0.5]), torch.tensor([0, 4])
         with torch.no_grad(), NoHostReads():
             network.eval()(x, t, y)

@@ -1,4 +1,4 @@
-"""README's tables of whole networks and of training say what the rows say"""
+"""README's tables of whole networks, of training and of pipelines say what the rows say"""
 
 from __future__ import annotations
 
@@ -121,7 +121,8 @@ def test_the_report_is_written_and_says_what_is_missing(tmp_path: Path, capsys: 
     pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
     marked = "before\n<!-- networks -->\n{}\n<!-- /networks -->\n<!-- training -->\n{}\n<!-- /training -->\nafter\n"
-    readme.write_text(marked.format("old", "older"))
+    marked += "<!-- pipeline -->\n{}\n<!-- /pipeline -->\n"
+    readme.write_text(marked.format("old", "older", "oldest"))
     ladder = [
         row("fastdiff", (9 - i, 10 - i, 11 - i), case="ladder", id="ladder-x", rung=i, added=name)
         for i, name in enumerate(["as published", "norm", "concat"])
@@ -131,7 +132,7 @@ def test_the_report_is_written_and_says_what_is_missing(tmp_path: Path, capsys: 
         append_row(tmp_path / "rows.jsonl", one)
     arguments = ["--results", str(tmp_path), "--readme", str(readme), "--docs", str(tmp_path)]
     report.main(arguments)
-    assert readme.read_text() == marked.format(report.table(RUN), report.training_table([]))
+    assert readme.read_text() == marked.format(report.table(RUN), report.training_table([]), report.pipeline_table([]))
     assert (tmp_path / "ladder.png").stat().st_size > 1000
     assert not (tmp_path / "batch.png").exists() and "batch.png: not measured" in capsys.readouterr().out
     for one in gpu_rows():

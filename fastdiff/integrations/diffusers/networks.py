@@ -32,16 +32,15 @@ class DiTNetwork(torch.nn.Module):
     """network(x, t, y) of a DiTTransformer2DModel
 
     x: (B, C, size, size) latents; t: (B,), fractional allowed; y: (B,) int64, null_label for none.
-    Returns (B, out_channels, size, size), the first channels of what the transformer returns.
+    Returns (B, out_channels, size, size), a variance in the second half if there are 2C.
     """
 
-    def __init__(self, transformer: DiTTransformer2DModel, out_channels: int) -> None:
+    def __init__(self, transformer: DiTTransformer2DModel) -> None:
         super().__init__()
         self.transformer = transformer
-        self.out_channels = out_channels
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.transformer(x, timestep=t, class_labels=y, return_dict=False)[0][:, : self.out_channels]
+        return self.transformer(x, timestep=t, class_labels=y, return_dict=False)[0]
 
 
 class UNet2DNetwork(torch.nn.Module):
@@ -90,13 +89,13 @@ def dit_model(
     found = _sourced(source, "transformer", DiTTransformer2DModel, scheduler, **placing)
     transformer, facts = found.network, found.facts
     C, out, side = transformer.config.in_channels, transformer.out_channels, transformer.config.sample_size
+    # the sampler reads no variance from a network whose model has a fixed one
     dropped = out == 2 * C and facts.solver["name"] == "ddpm" and facts.variance != "learned_range"
-    out = C if dropped else out
     embedder = transformer.transformer_blocks[0].norm1.emb.class_embedder
     num_classes, rows = embedder.num_classes, embedder.embedding_table.num_embeddings
     return found.model(
-        DiTNetwork(transformer, out),
-        variance_of(C, out, facts),
+        DiTNetwork(transformer),
+        variance_of(C, C if dropped else out, facts),
         num_classes,
         num_classes if rows > num_classes else None,
         (C, side, side),
@@ -271,15 +270,14 @@ def _loaded(kind: type[Any], folder: Path, variant: str | None, allow_nonfinite:
             raise ValueError(f"_class_name must be {kind.__name__!r}, got {reprlib.repr(name)}")
     with blaming(folder):
         try:
-            with torch.random.fork_rng(devices=[]):
-                module, told = kind.from_pretrained(
-                    folder,
-                    variant=variant,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    low_cpu_mem_usage=is_accelerate_available(),
-                    output_loading_info=True,
-                )
+            module, told = kind.from_pretrained(
+                folder,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=is_accelerate_available(),
+                output_loading_info=True,
+            )
         # a damaged folder ends in almost any error
         except Exception as error:
             raise ValueError(f"{kind.__name__}.from_pretrained refuses it: {error}") from error
