@@ -136,8 +136,8 @@ def replaying(noise: Tensor) -> Iterator[None]:
 
     def drawn(shape: tuple[int, ...], generator: Any = None, device: Any = None, dtype: Any = None) -> Tensor:
         row = next(rows)
-        # a doubled state has noise of its own in its second half, which nobody sees
-        return row.repeat(shape[0] // len(row), 1, 1, 1).to(device, dtype)
+        # the second half of a doubled state has noise of its own, which the next step must not see
+        return torch.cat([row, -row])[: shape[0]].to(device, dtype)
 
     with contextlib.ExitStack() as stack:
         for module in (scheduling_ddpm, schedulers):
