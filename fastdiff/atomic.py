@@ -41,33 +41,40 @@ def replace(path: Path, data: bytes, *, durable: bool = True) -> None:
 def replace_all(files: Mapping[Path, bytes], remove: Iterable[Path] = ()) -> None:
     """All the paths hold their data, durably, and those to remove are gone; the last path makes a whole of them.
 
-    The last one is away while the others change, so that a kill leaves the old whole, the new one, or none. Whatever
-    can fail for want of space does so before, and changes nothing.
+    The last one is away while the others change, so that a kill, or an error once the first of them is replaced, leaves
+    the old whole, the new one, or none. Whatever fails before, as for want of space, changes nothing.
     """
     *parts, whole = files
     for path in files:
         if path.is_dir():  # which os.replace would find out too late
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporaries = {path: _temporary(path) for path in files}
-    path = whole
+    aside, path, untouched = _temporary(whole), whole, True
     try:
         for path, data in files.items():
             _write(temporaries[path], data, durable=True)
-        whole.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(whole, aside)
         _sync(whole.parent)
         for path in parts:
             os.replace(temporaries[path], path)
+            untouched = False
         for path in remove:
             path.unlink(missing_ok=True)
         for folder in {path.parent for path in parts}:
             _sync(folder)
         os.replace(temporaries[whole], whole)
     except BaseException as error:
+        with suppress(OSError):
+            if untouched:
+                os.replace(aside, whole)
+            aside.unlink(missing_ok=True)
         for temporary in temporaries.values():
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         _name(error, path)
         raise
+    aside.unlink(missing_ok=True)
     _sync(whole.parent)
 
 

@@ -57,7 +57,7 @@ class DiffusionModel:
     solver: how it is sampled where nobody says: {"name": a key of SOLVERS, "spacing": what an int `steps` stands for,
         such as "leading:N"; the rest: that solver's own options}. None: {"name": "ddim"}, N at a fractional stride.
     guided_channels: how many of the C channels guidance combines, the first ones; the others are those of the
-        conditional row (DiT guides 3 of 4). None: all.
+        conditional row, with w = -1 too (DiT guides 3 of 4). None: all.
     decode: what makes images (N, ...) of sampled latents (N, C, H, W), such as a VAE's decoder. None: x is the image.
         A checkpoint does not hold it.
 

@@ -132,13 +132,15 @@ def plan_guidance(
     null_label: int | None,
     has_null_model: bool = False,
     classifier_scale: torch.Tensor | None = None,
+    all_channels: bool = True,
 ) -> GuidancePlan:
     """The layout of n images from resolved labels, w and a classifier's scale, each 0-d or (n,).
 
     w = -1 becomes (null label, w = 0), one evaluation an image; its label remains the classifier's. Raises ValueError
     where w asks for a null label that the model lacks, or images are guided that have no label. has_null_model: another
     network takes the null rows. classifier_scale: None without a classifier, which alone takes labels where num_classes
-    is None.
+    is None. all_channels: whether guidance combines them all; where it does not, w = -1 has both rows, for the others
+    are the conditional one's.
     """
     weights = w.expand(n).clone()
     unconditional = weights == -1
@@ -162,6 +164,8 @@ def plan_guidance(
     elif null_label is None and not has_null_model and (weights != 0).any():
         got = weights[weights != 0][0].item()
         raise ValueError(f"w must be 0: guidance needs a null label, and this model has null_label=None; got {got:g}")
+    if labels is not None and not all_channels:
+        unconditional = torch.zeros_like(unconditional)
     weights[unconditional] = 0.0
     y = None
     if num_classes is not None:

@@ -122,6 +122,7 @@ def resolve_request(
             num_classes=model.num_classes,
             null_label=model.null_label,
             has_null_model=model.null_model is not None,
+            all_channels=model.guided_channels is None,
             classifier_scale=None if classifier is None else scale if scale.ndim == 0 else scale[part],
         )
         randomness = Randomness(

@@ -397,6 +397,22 @@ def test_transforms_see_their_step(stock: type, transform: str, launches) -> Non
     assert torch.equal(got, expected) and got.abs().max() > 0 and not launches
 
 
+@STOCK
+def test_a_compiler_gets_their_step(stock: type, launches) -> None:
+    """Without a launch, and DDIM's in one graph, as it is where the scheduler is stock"""
+    _, ours = a_pair(stock, 10)
+    x, out = tensors(SHAPE, SHAPE)
+    torch._dynamo.reset()
+    step = torch.compile(ours.step, backend="eager", fullgraph=stock is DDIMScheduler)
+    options = {} if stock is DDIMScheduler else {"generator": torch.Generator().manual_seed(0)}
+    got = step(out, 500, x, return_dict=False, **options)
+    assert not launches
+    options = {} if stock is DDIMScheduler else {"generator": torch.Generator().manual_seed(0)}
+    for value, expected in zip(got, ours.step(out, 500, x, return_dict=False, **options), strict=True):
+        torch.testing.assert_close(value, expected)
+    assert len(launches) == 1
+
+
 @pytest.mark.parametrize(
     ("stock", "steps", "t", "options", "error"),
     [

@@ -93,7 +93,7 @@ class Convert:
         if taken.exists() and not self.force:
             raise ValueError(f"{taken} is there already; --force replaces it")
         model = self._read(to)
-        print(_described(model), flush=True)
+        print(_described(model, to), flush=True)
         print(self._write(model, to))
         return 0
 
@@ -155,16 +155,21 @@ class Convert:
         return save(model, self.dst, overwrite=self.force, storage_dtype=resolve_dtype(self.storage_dtype))
 
 
-def _described(model: DiffusionModel | Classifier) -> str:
+def _described(model: DiffusionModel | Classifier, to: str) -> str:
+    from fastdiff.classifier import Classifier
+
+    # a pipeline has a scheduler, whatever the model says
+    written = "ddpm, leading:N, for the model has none of its own" if to == "diffusers" else None
     network: Any = model.network
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    known = model.provenance.get("published")
+    source = model.provenance
     facts = {
         "network": f"{type(network).__name__}, {parameters:,} parameters",
-        "published": known if known else "no, taken as told",
-        "config": network.config.to_dict() if hasattr(network, "config") else None,
+        "published": (source["published"] or "no, taken as told") if "published" in source else None,
+        "config": network.config.to_dict(),
         "schedule": f"{model.schedule.name or 'own betas'}, T = {model.schedule.num_train_timesteps}",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **{key: model.provenance[key] for key in ("attention_order",) if key in model.provenance},
+        "solver": None if isinstance(model, Classifier) else model.solver or written,
+        "dtype": model.dtype and str(model.dtype).removeprefix("torch."),
+        "attention_order": source.get("attention_order"),
     }
     return "\n".join(f"{key:<16}{value}" for key, value in facts.items() if value is not None)

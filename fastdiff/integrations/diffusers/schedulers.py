@@ -1,10 +1,11 @@
-"""diffusers' DDPMScheduler and DDIMScheduler whose step is one launch of guided_step
+"""diffusers' DDPMScheduler and DDIMScheduler whose arithmetic is one launch of guided_step
 
 Everything but `step` is theirs, and so is the step itself where one row of coefficients cannot say it: dynamic
 thresholding, a variance that is learned by itself, an eta outside [0, 1], images that are not (N, C, H, W), a tensor
 that requires grad, torch.compile. On a CPU, where guided_step is several operations like theirs, all steps are theirs.
 
-A step reads nothing from the device. The rows of a chain are computed on the host, in float64, when step first meets
+A step reads nothing from the device, but rows are dropped with their chain: whoever captures steps in a graph of
+their own keeps the scheduler as it is. The rows of a chain are computed on the host, in float64, when step first meets
 what set_timesteps made; a timestep that is an element of `scheduler.timesteps`, as every pipeline's is, is known by its
 address, in whatever order elements come. Any other tensor on a GPU has to be read, which makes the host wait.
 """
@@ -137,7 +138,9 @@ class _OneLaunch:
 
 
 class FusedDDPMScheduler(_OneLaunch, DDPMScheduler):
-    """DDPMScheduler with a step of one launch: same signature, noise, dtypes and, but for rounding, results.
+    """DDPMScheduler with a fused step: same signature, noise, dtypes and, but for rounding, results.
+
+    All arithmetic is one launch of guided_step, beside a copy of the sample and, in half precision, casts.
 
     Coefficients are float64 until they are stored and a step is float32 throughout, whatever the dtype of sample and
     model_output. `FusedDDPMScheduler.from_config(pipe.scheduler.config)` puts it in place of the stock one, and back.
@@ -156,6 +159,9 @@ class FusedDDPMScheduler(_OneLaunch, DDPMScheduler):
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """See DDPMScheduler.step."""
+        # before anything that a compiler cannot follow
+        if torch.compiler.is_compiling():
+            return super().step(model_output, timestep, sample, generator, return_dict)
         kind = self.config.variance_type
         learned = kind == "learned_range"
         # theirs goes by the attribute here and by the config there
@@ -206,7 +212,9 @@ class FusedDDPMScheduler(_OneLaunch, DDPMScheduler):
 
 
 class FusedDDIMScheduler(_OneLaunch, DDIMScheduler):
-    """DDIMScheduler with a step of one launch: same signature, noise, dtypes and, but for rounding, results.
+    """DDIMScheduler with a fused step: same signature, noise, dtypes and, but for rounding, results.
+
+    All arithmetic is one launch of guided_step, beside a copy of the sample and, in half precision, casts.
 
     Coefficients are float64 until they are stored and a step is float32 throughout, whatever the dtype of sample and
     model_output. `FusedDDIMScheduler.from_config(pipe.scheduler.config)` puts it in place of the stock one, and back.
@@ -228,6 +236,10 @@ class FusedDDIMScheduler(_OneLaunch, DDIMScheduler):
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """See DDIMScheduler.step."""
+        theirs = (eta, use_clipped_model_output, generator, variance_noise, return_dict)
+        # before anything that a compiler cannot follow
+        if torch.compiler.is_compiling():
+            return super().step(model_output, timestep, sample, *theirs)
         known = isinstance(eta, int | float) and 0 <= eta <= 1 and _is_clipped_plainly(self.config)
         if variance_noise is not None and eta > 0:
             alike = (
@@ -239,16 +251,7 @@ class FusedDDIMScheduler(_OneLaunch, DDIMScheduler):
             options = (float(eta), bool(use_clipped_model_output))
             found = self._row(timestep, options, _state_dtype(model_output, sample), sample.device)
         if found is None:
-            return super().step(
-                model_output,
-                timestep,
-                sample,
-                eta,
-                use_clipped_model_output,
-                generator,
-                variance_noise,
-                return_dict,
-            )
+            return super().step(model_output, timestep, sample, *theirs)
         _, row = found
         noise = variance_noise if eta > 0 else None
         if eta > 0 and noise is None:
@@ -334,7 +337,6 @@ def _fits(given: Tensor, sample: Tensor, times_channels: int) -> bool:
         and sample.device.type in FUSED_ON
         and all(x.dtype in FLOATS and x.layout == torch.strided and not x.is_neg() for x in (given, sample))
         and not (torch.is_grad_enabled() and (given.requires_grad or sample.requires_grad))
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
