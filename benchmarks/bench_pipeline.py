@@ -53,8 +53,8 @@ CPU_CASES = [
     *(
         Case(solver, "digits", "cpu", dtype, images, steps=50)
         for solver in pipelines.SOLVERS
-        for dtype in ("float32", "bfloat16")
-        for images in (1, 8)
+        # in bfloat16 one image is too few to tell rounding, which DDIM carries on, from a mistake
+        for dtype, images in (("float32", 1), ("float32", 8), ("bfloat16", 8))
     ),
     Case("ddim", "adm-64", "cpu", "bfloat16", 1),
     *(Case(solver, "toy", "cpu", dtype, 2) for solver in pipelines.SOLVERS for dtype in ("float32", "bfloat16")),
