@@ -18,23 +18,32 @@ from pathlib import Path
 from fastdiff.checkpoint import CheckpointError
 from fastdiff.manifest import listed
 
-__all__ = ["FILES", "is_name", "snapshot"]
+__all__ = ["FILES", "is_name", "local_path", "snapshot"]
 
+# where a network lies
 _FOLDERS = ("", "unet/", "transformer/")
-_MODELS = tuple(f"{folder}diffusion_pytorch_model.safetensors" for folder in _FOLDERS)
-_WEIGHTS = (
-    f"model-{'[0-9a-f]' * 12}.safetensors",
-    *_MODELS,
-    *(f"{folder}diffusion_pytorch_model-?????-of-?????.safetensors" for folder in _FOLDERS),
-)
-# Of a repository; no pickle, and of a pipeline neither the VAE nor anybody's second copy
-FILES = (
+_PARTS = (*_FOLDERS, "vae/")
+_OWN = f"model-{'[0-9a-f]' * 12}.safetensors"
+_CONFIGS = (
     "model_index.json",
     *(f"{folder}scheduler_config.json" for folder in ("", "scheduler/")),
-    *(f"{folder}config.json" for folder in _FOLDERS),
-    *(f"{model}.index.json" for model in _MODELS),
-    *_WEIGHTS,
+    *(f"{folder}config.json" for folder in _PARTS),
 )
+
+
+def _weights(folders: tuple[str, ...], variant: str | None = None) -> tuple[str, ...]:
+    """One file or shards, as diffusers names them"""
+    name = "diffusion_pytorch_model" + ("" if variant is None else f".{variant}")
+    return tuple(f"{folder}{name}{shard}.safetensors" for shard in ("", "-?????-of-?????") for folder in folders)
+
+
+def _indices(folders: tuple[str, ...], variant: str | None = None) -> tuple[str, ...]:
+    name = "diffusion_pytorch_model.safetensors.index" + ("" if variant is None else f".{variant}")
+    return tuple(f"{folder}{name}.json" for folder in folders)
+
+
+# Of a repository; no pickle, and no second copy of anything
+FILES = (*_CONFIGS, *_indices(_PARTS), _OWN, *_weights(_PARTS))
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
 _NAME = re.compile(
@@ -45,6 +54,8 @@ _FILE = re.compile(r"[\w.+-][\w.+ -]*(?:/[\w.+-][\w.+ -]*)*", re.ASCII)
 _LONGEST = 96
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+# of what becomes part of a pattern
+_WORDS = {"variant": re.compile(r"[\w-]+", re.ASCII), "weights_file": re.compile(r"\w[\w.-]*", re.ASCII)}
 
 
 @dataclass(frozen=True)
@@ -60,11 +71,31 @@ def is_name(src: object) -> bool:
     return match is not None and _is_repository(match["repository"])
 
 
-def snapshot(name: str, *, revision: str | None = None, file: str | None = None) -> Path:
+def local_path(src: str | os.PathLike[str], *, variant: str | None = None, weights_file: str | None = None) -> Path:
+    """Where src lies on this machine, fetched from the Hub if it is an "org/name" and no path; else CheckpointError.
+
+    variant, weights_file: as for snapshot; they change nothing about a path.
+    """
+    path = Path(src)
+    if isinstance(src, str) and is_name(src) and not os.path.lexists(path):
+        return snapshot(src, variant=variant, weights_file=weights_file)
+    return path
+
+
+def snapshot(
+    name: str,
+    *,
+    revision: str | None = None,
+    file: str | None = None,
+    variant: str | None = None,
+    weights_file: str | None = None,
+) -> Path:
     """The local folder of a repository of the Hub, or one file of it, fetched where the cache has it not.
 
     name: "org/name", "org/name@revision", "org/name:folder/file.pt" or "org/name@revision:folder/file.pt".
     revision, file: the same apart; a branch, tag or commit ("main"), and a path inside the repository.
+    variant: of the weights, such as "fp16"; diffusers' safetensors of that kind are fetched in place of the others.
+    weights_file: name of another file of weights, fetched in place of the network's; only so a pickle, too.
     Without a file only FILES are fetched: configs and safetensors, never a pickle; that takes its name. Every file is
     hashed and compared with what the Hub says, or said when it was fetched. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN hold.
 
@@ -72,6 +103,7 @@ def snapshot(name: str, *, revision: str | None = None, file: str | None = None)
     huggingface_hub, no such repository, revision or file, no permission, no network and no copy, a damaged copy.
     """
     place = _parse(name, revision, file)
+    patterns, weights = _wanted(place, variant, weights_file)
     try:
         import huggingface_hub
     except ImportError as error:
@@ -86,13 +118,13 @@ def snapshot(name: str, *, revision: str | None = None, file: str | None = None)
             files = [place.file]
         else:
             path = folder = Path(
-                huggingface_hub.snapshot_download(place.repository, revision=place.revision, allow_patterns=list(FILES))
+                huggingface_hub.snapshot_download(place.repository, revision=place.revision, allow_patterns=[*patterns])
             )
-            files = [found for found in _files(folder) if _matches(found, FILES)]
+            files = [found for found in _files(folder) if _matches(found, patterns)]
         known = _known_hashes(place.repository, folder.name)
         _check_hashes(folder, files, known)
-        if place.file is None and not any(_matches(found, _WEIGHTS) for found in files):
-            _refuse_without_weights(known)
+        if place.file is None and not any(_matches(found, weights) for found in files):
+            _refuse_without_weights(known, weights)
     return path
 
 
@@ -120,6 +152,22 @@ def _parse(name: str, revision: str | None, file: str | None) -> _Place:
     if file is not None and (not _FILE.fullmatch(file) or {".", ".."} & set(file.split("/"))):
         raise ValueError(f"file must be a path inside {match['repository']}, as 'folder/file.pt', got {file!r}")
     return _Place(match["repository"], revision, file)
+
+
+def _wanted(place: _Place, variant: str | None, weights_file: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Patterns of what is fetched without a file, and of the network's weights among it"""
+    given = {"variant": variant, "weights_file": weights_file}
+    for argument, value in given.items():
+        if value is not None and (not isinstance(value, str) or not _WORDS[argument].fullmatch(value)):
+            example = "fp16" if argument == "variant" else "diffusion_pytorch_model.bin"
+            raise ValueError(f"{argument} must be a word such as {example!r}, got {value!r}")
+        if value is not None and place.file is not None:
+            raise ValueError(f"{argument} must be left out beside a file, got {value!r} and file={place.file!r}")
+    if variant is not None and weights_file is not None:
+        raise ValueError("variant and weights_file must not both be given")
+    names = _weights(_FOLDERS, variant) if weights_file is None else [folder + weights_file for folder in _FOLDERS]
+    weights = (_OWN, *names)
+    return (*_CONFIGS, *_indices(_PARTS, variant), *_weights(("vae/",), variant), *weights), weights
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -172,12 +220,13 @@ def _digest(path: Path, like: str) -> str:
     return digest.hexdigest()
 
 
-def _refuse_without_weights(known: Mapping[str, str]) -> None:
+def _refuse_without_weights(known: Mapping[str, str], weights: tuple[str, ...]) -> None:
     pickles = listed(path for path in known if path.endswith((".pt", ".pth", ".bin", ".ckpt")))
     others = listed(path for path in known if path.endswith(".safetensors"))
+    places = ", ".join(path for path in weights if "?" not in path and path != _OWN)
     raise ValueError(
-        f"holds no weights where fastdiff looks for them, which is {', '.join(_MODELS)} and a checkpoint of its own; "
-        f"one file is fetched by its name, 'org/name:file'; safetensors there: [{others}], pickles: [{pickles}]"
+        f"holds no weights where fastdiff looks for them, which is {places} and a checkpoint of its own; one file is "
+        f"fetched by its name, 'org/name:file'; safetensors there: [{others}], pickles: [{pickles}]"
     )
 
 
@@ -190,10 +239,11 @@ def _blaming(place: _Place) -> Iterator[None]:
     # The first that fits: some are kinds of those below them
     remedies: tuple[tuple[type[Exception], str], ...] = (
         (errors.GatedRepoError, "is gated: ask for access on its page of the Hub, then log in with hf auth login"),
-        (errors.RepositoryNotFoundError, "is not on the Hub, or private: check the name, or log in with hf auth login"),
+        (errors.RepositoryNotFoundError, "is no local path, and not on the Hub, or private: check the name, or log "
+         "in with hf auth login"),
         (errors.RevisionNotFoundError, f"has no revision {place.revision!r}; leave it out for the default branch"),
-        (errors.LocalEntryNotFoundError, "is not in the cache, or not all of it, and the Hub cannot be reached: go "
-         "online, unset HF_HUB_OFFLINE, or give the path of a local copy"),
+        (errors.LocalEntryNotFoundError, "is no local path, and not in the cache, or not all of it, and the Hub "
+         "cannot be reached: go online, unset HF_HUB_OFFLINE, or give the path of a local copy"),
         (errors.EntryNotFoundError, f"has no file {place.file!r}; its page of the Hub lists those it has"),
     )  # fmt: skip
     try:

@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff import checkpoint, hub
+from fastdiff import checkpoint
 from fastdiff.checkpoint import CheckpointError
 from fastdiff.classifier import Classifier
 from fastdiff.diffusion_model import DiffusionModel
+from fastdiff.hub import local_path
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["kind_of_source", "load", "load_classifier", "local_path"]
+__all__ = ["kind_of_source", "load", "load_classifier"]
 
 
 def load(
@@ -70,14 +71,6 @@ def load_classifier(
     return model
 
 
-def local_path(src: str | os.PathLike[str]) -> Path:
-    """Where src lies on this machine, fetched from the Hub if it is an "org/name" and no path; else CheckpointError."""
-    path = Path(src)
-    if isinstance(src, str) and not os.path.lexists(path) and hub.is_name(src):
-        return hub.snapshot(src)
-    return path
-
-
 def kind_of_source(path: Path) -> str:
     """What lies at a path: "fastdiff" (also where nothing does), "diffusers" or "guided-diffusion"."""
     if path.is_file():
@@ -100,7 +93,7 @@ def _read(src: Any, bundled: Mapping[str, Path], own: Callable[..., Any], option
     """own: reads fastdiff's checkpoints; whose name is bundled, and what is no path at all, is for it to tell"""
     if isinstance(src, str | os.PathLike) and src != "" and not (isinstance(src, str) and src in bundled):
         # a path, so that it cannot be taken for a bundled name
-        src = local_path(src)
+        src = local_path(src, variant=options.get("variant"), weights_file=options.get("weights_file"))
         kind = kind_of_source(src)
         if kind == "guided-diffusion":
             from fastdiff.convert.state_files import load_file

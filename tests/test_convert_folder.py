@@ -16,7 +16,15 @@ import safetensors.torch
 import torch
 from checkpoints import PNG, assert_same_model, digits, header_of, refused, upsampler, with_header
 from checkpoints import unet as two_halves
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PNDMScheduler,
+    UNet2DModel,
+)
 from reference.networks import randomised, randomness
 from test_checkpoint_damage import Touch
 
@@ -24,6 +32,8 @@ import fastdiff
 from fastdiff import DiffusionModel
 from fastdiff.checkpoint import CheckpointError
 from fastdiff.convert.diffusers_folder import load_folder, network_class, save_folder
+from fastdiff.integrations.diffusers import unet_model
+from fastdiff.placement import runnable_dtype
 
 SHAPE = (3, 8, 8)
 SMALL: dict[str, Any] = {
@@ -138,8 +148,29 @@ def test_a_bare_network_needs_a_scheduler(folder: Path, tmp_path: Path) -> None:
     for path in ("a" * 10**4, "\0"):
         with pytest.raises(CheckpointError):
             load_folder(bare, scheduler=path)
-    with pytest.raises(TypeError, match="scheduler must be a scheduler's config or a path to one, got 3"):
+    with pytest.raises(
+        TypeError, match="scheduler must be a DDPMScheduler or DDIMScheduler, its config or a path, got"
+    ):
         load_folder(bare, scheduler=3)
+    with pytest.raises(ValueError, match="_class_name must be 'DDPMScheduler' or 'DDIMScheduler', got 'PNDMScheduler'"):
+        load_folder(bare, scheduler=PNDMScheduler())
+
+
+@pytest.mark.parametrize("made", [DDPMScheduler, DDIMScheduler])
+def test_a_scheduler_itself_or_its_pipelines_folder_will_do(made: Any, folder: Path, tmp_path: Path) -> None:
+    scheduler = made(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    pipeline(scheduler).save_pretrained(tmp_path / "other")
+    models = [
+        load_folder(folder, scheduler=given) for given in (scheduler, tmp_path / "other", str(tmp_path / "other"))
+    ]
+    for model in models:
+        assert_same_model(model, models[0])
+        assert (model.prediction, model.solver) == ("v", load_folder(tmp_path / "other").solver)
+    # as that pipeline is read: its class says which scheduler it makes of the config
+    edit(tmp_path / "other" / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    assert load_folder(folder, scheduler=tmp_path / "other").solver["name"] == "ddim"
+    (tmp_path / "other" / "scheduler" / "scheduler_config.json").unlink()
+    refused(folder, "other/scheduler/scheduler_config.json", by=load_folder, scheduler=tmp_path / "other")
 
 
 def named(name: str, model: DiffusionModel) -> DiffusionModel:
@@ -179,13 +210,23 @@ def test_device_dtype_and_state_of_the_network(folder: Path) -> None:
     state = torch.random.get_rng_state()
     model = load_folder(folder, dtype=torch.bfloat16, device="cpu")
     assert model.dtype == torch.bfloat16 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert not model.network.training and load_folder(folder).dtype is None
+    assert not model.network.training
     assert model.network.conv_first.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(torch.random.get_rng_state(), state)
     with pytest.raises(ValueError, match="dtype must be one of"):
         load_folder(folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="device must be one of"):
         load_folder(folder, device="tpu")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_dtype_it_is_that_of_the_stored_weights(stored: torch.dtype, folder: Path) -> None:
+    """A pipeline computes in it, and so does fastdiff, whatever the device would be fastest in"""
+    UNet2DModel.from_pretrained(folder / "unet").to(stored).save_pretrained(folder / "unet")
+    model = fastdiff.load(folder)
+    run = runnable_dtype(stored, torch.device("cpu"))
+    assert model.dtype == stored and {p.dtype for p in model.parameters()} == {run}
+    assert fastdiff.Sampler(model, steps=2, device="cpu").dtype == run
 
 
 def test_variants_and_shards(folder: Path) -> None:
@@ -200,7 +241,7 @@ def test_variants_and_shards(folder: Path) -> None:
     refused(folder / "unet", "has no diffusion_pytorch_model.fp16.safetensors", "variant=", by=by_fp16)
     network.half().save_pretrained(folder / "unet", variant="fp16")
     halves = by_fp16(folder).network
-    assert {p.dtype for p in halves.parameters()} == {torch.float16}
+    assert by_fp16(folder).dtype == torch.float16
     network.save_pretrained(folder / "unet", variant="fp16", max_shard_size="10KB")
     assert (folder / "unet/diffusion_pytorch_model.safetensors.index.fp16.json").exists()
     assert all(
@@ -338,6 +379,20 @@ FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
         "_class_name must be 'DDPMScheduler' or 'DDIMScheduler'",
     ),
     "odd labels": ("model_index.json", {"_fastdiff": {"num_classes": 10}}, "_fastdiff must have"),
+    "labels null": ("model_index.json", {"_fastdiff": None}, "_fastdiff must have"),
+    "labels and more": (
+        "model_index.json",
+        {"_fastdiff": {"num_classes": 11, "null_label": None, "colour": 1}},
+        "_fastdiff must have",
+    ),
+    **{
+        f"hash {value}": (
+            "model_index.json",
+            {"_fastdiff": {"num_classes": 11, "null_label": None, "sha256": value}},
+            "_fastdiff.sha256 must be 64 hexadecimal digits",
+        )
+        for value in (None, "a" * 63, "A" * 64, "a" * 64 + "\n", [])
+    },
     "labels without rows": ("model_index.json", {"_fastdiff": {"num_classes": 12, "null_label": 12}}, "num_classes=12"),
     "no labels": ("model_index.json", {"_fastdiff": {"num_classes": None, "null_label": None}}, "num_class_embeds=11"),
     "another class": ("unet/config.json", {"_class_name": "VQModel"}, "must hold a UNet2DModel, got 'VQModel'"),
@@ -413,6 +468,7 @@ def test_the_class_of_a_folders_network(folder: Path) -> None:
 
 def a_model(seed: int = 0, **options: Any) -> DiffusionModel:
     given = {"solver": {"name": "ddim", "spacing": "leading:N", "eps": "network"}, "name": "pipe", **options}
+    given = {"dtype": torch.float32, **given}
     return digits(seed, **given)
 
 
@@ -423,6 +479,62 @@ def test_there_and_back_is_the_same_model(tmp_path: Path) -> None:
         assert_same_model(back, model)
         assert back.solver == model.solver
     assert sorted(contents(tmp_path / "pipe")) == sorted(FILES)
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("by", [load_folder, fastdiff.load, unet_model])
+def test_a_flipped_bit_in_a_saved_pipeline_is_refused(by: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_folder(a_model(), tmp_path / "pipe")
+    by(folder)
+    for at in (-1, -1001):
+        flip(folder / WEIGHTS, at)
+        refused(folder, WEIGHTS, "its sha256 must be", "model_index.json", by=by)
+        flip(folder / WEIGHTS, at)
+    # other weights in their place are others, too, save those that are asked for
+    network = UNet2DModel.from_pretrained(folder / "unet")
+    network.save_pretrained(folder / "unet", variant="fp16")
+    by(folder, variant="fp16")
+    network.save_pretrained(folder / "unet", max_shard_size="2KB")
+    assert (folder / f"{WEIGHTS}.index.json").exists()
+    refused(folder, "its sha256 must be", by=by)
+    # the word of whoever takes the hash away
+    edit(folder / "model_index.json", _fastdiff={"num_classes": 10, "null_label": 10})
+    assert by(folder).null_label == 10
+
+
+def test_weights_that_are_named_are_checked_if_they_are_those_that_were_saved(tmp_path: Path) -> None:
+    folder = save_folder(a_model(), tmp_path / "pipe")
+    flip(folder / WEIGHTS, -1)
+    name = Path(WEIGHTS).name
+    refused(folder, WEIGHTS, "its sha256 must be", by=load_folder, weights_file=name)
+    shutil.copy(folder / WEIGHTS, folder / "unet" / "other.safetensors")
+    load_folder(folder, weights_file="other.safetensors")
+
+
+def test_a_flat_pipeline_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
+    pipeline(DDPMScheduler(beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path / "pipe")
+    flat = tmp_path / "flat"
+    shutil.copytree(tmp_path / "pipe" / "unet", flat)
+    for file in ("model_index.json", "scheduler/scheduler_config.json"):
+        shutil.copy(tmp_path / "pipe" / file, flat)
+    steps, theirs = 5, DDPMPipeline.from_pretrained(flat)
+    theirs.set_progress_bar_config(disable=True)
+    images = theirs(1, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="pt").images
+    generator = torch.Generator().manual_seed(0)
+    x_T, *noise = (torch.randn(1, *SHAPE, generator=generator) for _ in range(steps + 1))
+    options: dict[str, Any] = {"steps": steps, "x_T": x_T, "noise": torch.stack(noise)}
+    for by in (fastdiff.load, unet_model):
+        ours = fastdiff.sample(by(flat), **options)
+        torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=TOLERANCE)
+    assert_same_model(load_folder(flat), named("flat", load_folder(tmp_path / "pipe")))
+    # a folder of its own comes first, whatever lies beside it
+    (flat / "unet").mkdir()
+    refused(flat, "flat/unet", by=load_folder)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])

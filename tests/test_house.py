@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"checkpoint", "manifest"},
     "integrations": {
         *("sampler", "solvers", "schedule", "diffusion_model", "guidance", "noise", "convert", KERNELS),
-        *("prediction", "checkpoint", "manifest", "placement"),
+        *("prediction", "checkpoint", "hub", "manifest", "placement"),
     },
     "sampler": {
         *("solvers", "schedule", "guidance", "noise", "placement", "diffusion_model", "loading", KERNELS),

@@ -87,9 +87,9 @@ def opened(model: str) -> tuple[str | DiffusionModel, dict[str, Any]]:
 
     fastdiff's own are not loaded here. Raises CheckpointError for what is none, and for a classifier.
     """
-    from fastdiff import checkpoint, loading
+    from fastdiff import checkpoint, hub, loading
 
-    path = checkpoint.BUNDLED.get(model) or loading.local_path(model)
+    path = checkpoint.BUNDLED.get(model) or hub.local_path(model)
     if loading.kind_of_source(path) != "fastdiff":
         loaded = loading.load(path)
         told = ("num_classes", "null_label", "image_shape")
@@ -108,13 +108,13 @@ def classifier_facts(classifier: str | None, scale: float | None) -> dict[str, A
 
     Raises ValueError for a scale without a classifier, CheckpointError for one that cannot be read.
     """
-    from fastdiff import checkpoint, loading
+    from fastdiff import checkpoint, hub, loading
 
     if classifier is None:
         if scale is not None:
             raise ValueError(f"--classifier-scale {scale:g} needs a --classifier")
         return {}
-    path = checkpoint.BUNDLED_CLASSIFIERS.get(classifier) or loading.local_path(classifier)
+    path = checkpoint.BUNDLED_CLASSIFIERS.get(classifier) or hub.local_path(classifier)
     if loading.kind_of_source(path) == "guided-diffusion":
         from fastdiff.convert.state_files import sha256_of
 

@@ -100,9 +100,11 @@ class Convert:
     def _read(self, to: str) -> DiffusionModel | Classifier:
         """The model of SRC, its weights as they are stored"""
         from fastdiff import checkpoint
-        from fastdiff.loading import kind_of_source, local_path
+        from fastdiff.hub import local_path
+        from fastdiff.loading import kind_of_source
 
-        path = checkpoint.BUNDLED.get(self.src) or local_path(self.src)
+        which = {"variant": self.variant, "weights_file": self.weights_file}
+        path = checkpoint.BUNDLED.get(self.src) or local_path(self.src, **which)
         kind = kind_of_source(path)
         if kind == "fastdiff":
             facts = checkpoint.info(path)
@@ -115,10 +117,16 @@ class Convert:
         # what is written may need one
         flags = self._flags(kind, ("num_classes", "image_size") if kind == "diffusers" else (), leave=to)
         if kind == "diffusers":
-            from fastdiff.convert.diffusers_folder import load_folder
+            from fastdiff.convert.diffusers_folder import DIT_CLASSES, load_folder, network_class
 
-            flags |= {name: getattr(self, name) for name in ("scheduler", "variant", "weights_file")}
-            return load_folder(path, allow_nonfinite=self.allow_nonfinite, **flags)
+            if network_class(path) in DIT_CLASSES:
+                raise ValueError("SRC holds a DiT, which stays diffusers' and cannot be converted; sample it as it is")
+            flags |= which | {"scheduler": self.scheduler}
+            model = load_folder(path, allow_nonfinite=self.allow_nonfinite, **flags)
+            network: Any = model.network
+            # a CPU is given float32 for float16
+            network.to(model.dtype)
+            return model
         from fastdiff.placement import DTYPES
 
         load = checkpoint.load_classifier if "classifier" in facts["config"] else checkpoint.load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from fastdiff.convert.diffusers_layout import (
     SCHEDULER_CONFIG,
     WEIGHTS,
     Scheduler,
+    check_recorded,
     look,
     read_json,
     read_weights,
@@ -58,15 +60,18 @@ def load_folder(
     """The model of a folder that diffusers saved, whose own solver gives the images that the pipeline gives.
 
     folder: a pipeline's with unet/ and scheduler/, or a UNet2DModel's own, which needs `scheduler`.
-    device, dtype, allow_nonfinite: as for fastdiff.load.
-    scheduler: the config of a DDPMScheduler or DDIMScheduler, or a path to its folder; in place of the pipeline's.
+    device, dtype, allow_nonfinite: as for fastdiff.load. dtype None is the stored weights', which diffusers computes in
+        too; on a CPU the parameters are float32 for float16.
+    scheduler: a DDPMScheduler or DDIMScheduler of diffusers, its config, or a path to that, to its folder or to a
+        pipeline's; in place of the pipeline's.
     num_classes: a class embedding does not tell whether its last row is a null label. None: every row is a class and
         there is no null label; one less than rows: the last row is the null label.
     image_size: side of the images, for a config whose sample_size is None.
     variant: of the weights, such as "fp16" for diffusion_pytorch_model.fp16.safetensors.
     weights_file: name of another file of weights beside config.json; .bin and .pt are read with weights_only=True.
 
-    A variance is learned where the network returns twice the channels of an image.
+    A variance is learned where the network returns twice the channels of an image. What save_folder wrote has the
+    weights' sha256, which is checked.
     Raises CheckpointError naming the path; ValueError or TypeError for device, dtype, variant and scheduler.
     """
     folder = Path(folder)
@@ -90,13 +95,15 @@ def load_folder(
         variance = variance_of(C, out, facts)
         num_classes, null_label = row_labels(config.get("num_class_embeds"), num_classes, found.labels)
     path, tensors, digests = read_weights(found.network, variant, weights_file)
+    check_recorded(found, digests, another=variant is not None or weights_file is not None)
     with blaming(path):
         network = unet_from_diffusers(config, tensors, image_size=image_size)
         bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if bad and not allow_nonfinite:
             raise ValueError(f"NaN or infinite weights in {listed(bad)}; allow_nonfinite=True loads them all the same")
+    dtype = next(iter(tensors.values())).dtype if dtype is None else dtype
     del tensors
-    network.to(target, None if dtype is None else runnable_dtype(dtype, target))
+    network.to(target, runnable_dtype(dtype, target))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with blaming(folder):
         return DiffusionModel(
@@ -193,15 +200,16 @@ def _files(model: DiffusionModel, folder: Path) -> dict[Path, bytes]:
     config, state = unet_to_diffusers(model.network)
     H, W = model.image_shape[1:]
     config |= {"_class_name": UNET2D, "sample_size": H if H == W else (H, W)}
+    weights = safetensors.torch.save({key: tensor.cpu() for key, tensor in state.items()}, {"format": "pt"})
+    labels = {"num_classes": model.num_classes, "null_label": model.null_label}
     index = {
         "_class_name": _PIPELINES[kind],
         "scheduler": ["diffusers", kind],
         "unet": ["diffusers", UNET2D],
-        LABELS: {"num_classes": model.num_classes, "null_label": model.null_label},
+        LABELS: {**labels, "sha256": hashlib.sha256(weights).hexdigest()},
     }
-    tensors = {key: tensor.cpu() for key, tensor in state.items()}
     return {
-        folder / "unet" / f"{WEIGHTS}.safetensors": safetensors.torch.save(tensors, {"format": "pt"}),
+        folder / "unet" / f"{WEIGHTS}.safetensors": weights,
         folder / "unet" / CONFIG: _text(config),
         folder / "scheduler" / SCHEDULER_CONFIG: _text(scheduler),
         folder / MODEL_INDEX: _text(index),

@@ -20,7 +20,7 @@ import torch
 
 from fastdiff.checkpoint import blaming
 from fastdiff.convert.schedulers import SchedulerFacts, scheduler_from_diffusers
-from fastdiff.convert.state_files import SUFFIXES, read_state
+from fastdiff.convert.state_files import SUFFIXES, read_state, sha256_of
 from fastdiff.manifest import CONFIG_BYTES, listed, strict_json
 
 __all__ = [
@@ -30,6 +30,9 @@ __all__ = [
     "SCHEDULER_CONFIG",
     "WEIGHTS",
     "Found",
+    "check_recorded",
+    "given_scheduler",
+    "hash_weights",
     "look",
     "read_json",
     "read_weights",
@@ -38,35 +41,40 @@ __all__ = [
 ]
 
 Tensors = dict[str, torch.Tensor]
-Scheduler = Mapping[str, Any] | str | os.PathLike[str] | None
+# the last: one of diffusers' own, whose `config` is a mapping
+Scheduler = Mapping[str, Any] | str | os.PathLike[str] | Any | None
 
 MODEL_INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
 # of a file of weights, before what tells its kind
 WEIGHTS = "diffusion_pytorch_model"
-# fastdiff's own key of model_index.json, which diffusers passes over: which row of the class embedding means none
+# fastdiff's own key of model_index.json, which diffusers passes over: which row of the class embedding means none, and
+# the sha256 of the network's one file of weights
 LABELS = "_fastdiff"
 
 # names, never paths
 _FILE, _SHARD = re.compile(r"\w[\w.-]*"), re.compile(r"\w[\w.-]*\.safetensors")
 _VARIANT = re.compile(r"[\w-]+")
 _INDEX_BYTES = 2**24
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Found:
     """What a folder holds; None: no such thing
 
-    network, network_class: the folder of the unet or transformer, and its class in diffusers. vae: its folder.
+    network, network_class: the folder of the unet or transformer, and its class in diffusers. vae, vae_class: likewise.
     scheduler, scheduler_class: its config's path, and the class that the pipeline makes of it, whatever it says itself.
-    labels: num_classes and null_label, where fastdiff recorded them.
+    labels: num_classes and null_label, where fastdiff recorded them. sha256: of the weights, likewise.
     """
 
     network: Path
     network_class: str
     vae: Path | None = None
+    vae_class: str | None = None
     scheduler: Path | None = None
     scheduler_class: str | None = None
     labels: Mapping[str, Any] | None = None
+    sha256: str | None = None
 
 
 def look(folder: Path) -> Found:
@@ -86,18 +94,39 @@ def look(folder: Path) -> Found:
         index = read_json(folder / MODEL_INDEX)
         part = "transformer" if "transformer" in index and "unet" not in index else "unet"
         kind = _class_of(index, "scheduler")
-        labels = index.get(LABELS)
-        if labels is not None and (not isinstance(labels, dict) or labels.keys() != {"num_classes", "null_label"}):
-            raise ValueError(f"{LABELS} must have num_classes and null_label, got {json.dumps(labels)[:80]}")
+        labels, sha256 = _recorded(index)
+        vae_class = _class_of(index, "vae") if "vae" in index else None
         return Found(
-            network=folder / part,
+            network=_place(folder, part, CONFIG),
             network_class=_class_of(index, part),
-            vae=folder / "vae" if "vae" in index and _class_of(index, "vae") else None,
-            scheduler=folder / "scheduler" / SCHEDULER_CONFIG,
+            vae=None if vae_class is None else _place(folder, "vae", CONFIG),
+            vae_class=vae_class,
+            scheduler=_place(folder, "scheduler", SCHEDULER_CONFIG) / SCHEDULER_CONFIG,
             # its constructor makes one of any other
             scheduler_class="DDIMScheduler" if index.get("_class_name") == "DDIMPipeline" else kind,
             labels=labels,
+            sha256=sha256,
         )
+
+
+def _place(folder: Path, part: str, config: str) -> Path:
+    """Where a part lies: in a folder of its own, or, as diffusers has it too, in the pipeline's"""
+    own = folder / part
+    return folder if not own.is_dir() and os.path.lexists(folder / config) else own
+
+
+def _recorded(index: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    """What fastdiff wrote beside diffusers' own: labels, and the weights' sha256"""
+    facts = index.get(LABELS)
+    if LABELS not in index:
+        return None, None
+    if not isinstance(facts, dict) or facts.keys() - {"sha256"} != {"num_classes", "null_label"}:
+        raise ValueError(f"{LABELS} must have num_classes and null_label, got {json.dumps(facts)[:80]}")
+    labels = dict(facts)
+    sha256 = labels.pop("sha256", None)
+    if "sha256" in facts and (not isinstance(sha256, str) or not _SHA256.fullmatch(sha256)):
+        raise ValueError(f"{LABELS}.sha256 must be 64 hexadecimal digits, got {json.dumps(sha256)[:80]}")
+    return labels, sha256
 
 
 def _class_of(index: Mapping[str, Any], part: str) -> str:
@@ -122,21 +151,39 @@ def read_json(path: Path, most: int = CONFIG_BYTES) -> dict[str, Any]:
 
 
 def scheduler_facts(folder: Path, found: Found, given: Scheduler) -> SchedulerFacts:
-    """Of the scheduler given, a config or a path to it or to its folder; None: of the one found."""
-    if isinstance(given, Mapping):
-        return scheduler_from_diffusers(given)
-    path, kind = found.scheduler, found.scheduler_class
+    """Of the scheduler given, see given_scheduler; None: of the one found."""
     if given is not None:
-        if not isinstance(given, str | os.PathLike):
-            raise TypeError(f"scheduler must be a scheduler's config or a path to one, got {reprlib.repr(given)}")
-        path, kind = Path(given), None
-        path = path / SCHEDULER_CONFIG if os.path.isdir(path) else path
-    if path is None:
+        return given_scheduler(given)
+    if found.scheduler is None:
         with blaming(folder):
             raise ValueError(
                 "has a network but no scheduler, which holds its noise schedule and prediction; give scheduler=, a "
                 f"folder with {SCHEDULER_CONFIG}, or its contents"
             )
+    return _facts_at(found.scheduler, found.scheduler_class)
+
+
+def given_scheduler(given: object) -> SchedulerFacts:
+    """Of a scheduler of diffusers, its config, or a path to that, to its folder, or to a pipeline's."""
+    if isinstance(given, str | os.PathLike):
+        path = Path(given)
+        if os.path.lexists(path / MODEL_INDEX):
+            found = look(path)
+            assert found.scheduler is not None
+            return _facts_at(found.scheduler, found.scheduler_class)
+        return _facts_at(path / SCHEDULER_CONFIG if os.path.isdir(path) else path, None)
+    if not isinstance(given, Mapping):
+        config = getattr(given, "config", None)
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f"scheduler must be a DDPMScheduler or DDIMScheduler, its config or a path, got {reprlib.repr(given)}"
+            )
+        given = {**config, "_class_name": type(given).__name__}
+    return scheduler_from_diffusers(given)
+
+
+def _facts_at(path: Path, kind: str | None) -> SchedulerFacts:
+    """kind: the class that is made of the config, where that is known"""
     with blaming(path):
         config = read_json(path)
         return scheduler_from_diffusers(config if kind is None else {**config, "_class_name": kind})
@@ -157,6 +204,40 @@ def variance_of(in_channels: int, out_channels: int, facts: SchedulerFacts) -> s
 
 def read_weights(folder: Path, variant: str | None, weights_file: str | None) -> tuple[Path, Tensors, dict[str, str]]:
     """The file that stands for the weights in errors, the tensors, and each file's sha256."""
+    named, files = _files_of(folder, variant, weights_file)
+    tensors: Tensors = {}
+    digests = {}
+    for path, expected in files.items():
+        part, digests[path.name] = read_state(path)
+        with blaming(path):
+            if expected is not None and part.keys() != expected:
+                raise ValueError(
+                    f"lacks keys [{listed(expected - part.keys())}] and has unexpected keys "
+                    f"[{listed(part.keys() - expected)}] for {named.name}"
+                )
+        tensors |= part
+    return named, tensors, digests
+
+
+def hash_weights(folder: Path, variant: str | None) -> dict[str, str]:
+    """Each file's sha256, as read_weights gives it, and unread."""
+    return {path.name: sha256_of(path) for path in _files_of(folder, variant, None)[1]}
+
+
+def check_recorded(found: Found, digests: Mapping[str, str], *, another: bool) -> None:
+    """CheckpointError where fastdiff wrote the weights and these are others; another: the caller asked for others."""
+    file = f"{WEIGHTS}.safetensors"
+    if found.sha256 is None or digests.get(file) == found.sha256 or (another and file not in digests):
+        return
+    with blaming(found.network / file):
+        raise ValueError(
+            f"its sha256 must be {found.sha256}, as {LABELS} of {MODEL_INDEX} has it, got {listed(digests.values())}; "
+            "it is damaged or not what was saved: save it again, or take the sha256 away to trust it"
+        )
+
+
+def _files_of(folder: Path, variant: str | None, weights_file: str | None) -> tuple[Path, dict[Path, set[str] | None]]:
+    """What stands for the weights, a file or an index, and the keys that it says each file has"""
     if variant is not None and (not isinstance(variant, str) or not _VARIANT.fullmatch(variant)):
         raise ValueError(f"variant must be a word such as 'fp16', got {variant!r}")
     suffix = "" if variant is None else f".{variant}"
@@ -170,7 +251,7 @@ def read_weights(folder: Path, variant: str | None, weights_file: str | None) ->
         path = folder / weights_file
     # diffusers, too, looks for it first
     elif os.path.lexists(index):
-        return _shards(index)
+        return index, _shards(index)
     elif not os.path.lexists(path):
         with blaming(folder):
             there = [entry.name for entry in folder.iterdir() if entry.suffix in (*SUFFIXES, ".json")]
@@ -178,28 +259,17 @@ def read_weights(folder: Path, variant: str | None, weights_file: str | None) ->
                 f"has no {path.name}, only [{listed(there)}]; variant= names another kind of it, weights_file= any "
                 "other file; a pickle (.bin) is read only if it is named"
             )
-    tensors, digest = read_state(path)
-    return path, tensors, {path.name: digest}
+    return path, {path: None}
 
 
-def _shards(index: Path) -> tuple[Path, Tensors, dict[str, str]]:
+def _shards(index: Path) -> dict[Path, set[str] | None]:
     with blaming(index):
         files = read_json(index, _INDEX_BYTES).get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
             raise ValueError("weight_map must name a file for every tensor")
         if wrong := [name for name in files.values() if not _SHARD.fullmatch(name)]:
             raise ValueError(f"weight_map must name safetensors files of this folder, got {wrong[0][:80]!r}")
-    tensors: Tensors = {}
-    digests = {}
-    for name in sorted(set(files.values())):
-        path = index.with_name(name)
-        part, digests[name] = read_state(path)
-        with blaming(path):
-            expected = {key for key, file in files.items() if file == name}
-            if part.keys() != expected:
-                raise ValueError(
-                    f"lacks keys [{listed(expected - part.keys())}] and has unexpected keys "
-                    f"[{listed(part.keys() - expected)}] for {index.name}"
-                )
-        tensors |= part
-    return index, tensors, digests
+    return {
+        index.with_name(name): {key for key, file in files.items() if file == name}
+        for name in sorted(set(files.values()))
+    }

@@ -95,6 +95,8 @@ def readings(shapes: Shapes) -> list[Seen]:
 
     Keys are looked at as far as need be; whether all of them are the network's is for whoever builds it.
     """
+    if found := {"conv_in.weight", "pos_embed.proj.weight"} & shapes.keys():
+        raise ValueError(f"these are weights of diffusers, with {found.pop()}: give the folder that holds them")
     channels = _size(shapes, "time_embed.0.weight", 2, 1)
     first = _size(shapes, "input_blocks.0.0.weight", 4, 1)
     rows = _size(shapes, "input_blocks.1.0.emb_layers.1.weight", 2, 0)

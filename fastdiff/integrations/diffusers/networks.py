@@ -17,10 +17,21 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 from diffusers.utils import is_accelerate_available
 
+from fastdiff import hub
 from fastdiff.checkpoint import blaming
 from fastdiff.convert.diffusers_folder import DIT_CLASSES, row_labels
-from fastdiff.convert.diffusers_layout import CONFIG, Found, look, read_json, scheduler_facts, variance_of
-from fastdiff.convert.schedulers import SchedulerFacts, scheduler_from_diffusers
+from fastdiff.convert.diffusers_layout import (
+    CONFIG,
+    MODEL_INDEX,
+    check_recorded,
+    given_scheduler,
+    hash_weights,
+    look,
+    read_json,
+    scheduler_facts,
+    variance_of,
+)
+from fastdiff.convert.schedulers import SchedulerFacts
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.manifest import listed
 from fastdiff.placement import DTYPES, resolve_device, runnable_dtype
@@ -72,11 +83,13 @@ def dit_model(
 ) -> DiffusionModel:
     """A DiT as a DiffusionModel of latents that its VAE decodes; it samples what DiTPipeline samples.
 
-    source: a DiTPipeline, which goes on sharing its modules; the folder of one; or a transformer, or its folder, alone:
-        then there is no decode, and `scheduler` must be given.
+    source: a DiTPipeline, which goes on sharing its modules; the folder of one, or "org/name" of the Hugging Face Hub
+        where no such path exists; or a transformer, or its folder, alone: then there is no decode, and `scheduler` must
+        be given.
     guided_channels: how many of the latent channels guidance combines. None is all of them, as in DiTPipeline; 3 gives
         the images of the original code, which guides the first three of four.
-    scheduler: a DDPMScheduler or DDIMScheduler, its config, or a path to it; in place of the source's own.
+    scheduler: a DDPMScheduler or DDIMScheduler, its config, or a path to that, to its folder or to a pipeline's; in
+        place of the source's own.
     device, dtype, allow_nonfinite: as for fastdiff.load; of a pipeline in memory only dtype, the compute dtype.
     variant: of a folder's weights, such as "fp16". Only safetensors are read; from a pickle make the pipeline yourself.
 
@@ -117,8 +130,9 @@ def unet_model(
 ) -> DiffusionModel:
     """Any UNet2DModel as a DiffusionModel, also one that fastdiff's own UNet cannot hold, with diffusers' images.
 
-    source: a DDPMPipeline or DDIMPipeline, which goes on sharing its unet; the folder of one; or a UNet2DModel, or its
-        folder, alone: then `scheduler` must be given.
+    source: a DDPMPipeline or DDIMPipeline, which goes on sharing its unet; the folder of one, or "org/name" of the
+        Hugging Face Hub where no such path exists; or a UNet2DModel, or its folder, alone: then `scheduler` must be
+        given.
     num_classes, image_size: as for fastdiff.convert.diffusers_folder.load_folder; num_classes must be given where
         class_embed_type is "timestep", and there is no null label then.
     scheduler, device, dtype, allow_nonfinite, variant: as for dit_model.
@@ -163,7 +177,7 @@ class _Placing(TypedDict):
 
 @dataclass(frozen=True)
 class _Sourced:
-    """A source's parts; labels: as fastdiff recorded them, name: of the folder"""
+    """A source's parts; labels: as fastdiff recorded them, name, sha256: of the folder, and of the network's files"""
 
     network: Any
     vae: AutoencoderKL | None
@@ -171,6 +185,7 @@ class _Sourced:
     dtype: torch.dtype | None
     labels: Mapping[str, Any] | None = None
     name: str | None = None
+    sha256: Mapping[str, str] | None = None
 
     def model(
         self,
@@ -193,6 +208,7 @@ class _Sourced:
             solver=self.facts.solver,
             dtype=self.dtype,
             name=self.name,
+            provenance=None if self.sha256 is None else {"format": "diffusers", "sha256": dict(self.sha256)},
             **options,
         )
 
@@ -202,7 +218,7 @@ def _sourced(source: Any, part: str, kind: type[Any], scheduler: Any, **placing:
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {list(DTYPES.values())} or None, got {dtype!r}")
     if isinstance(source, str | os.PathLike):
-        return _from_folder(Path(source), part, kind, scheduler, **placing)
+        return _from_folder(hub.local_path(source, variant=placing["variant"]), part, kind, scheduler, **placing)
     if placing["device"] is not None or placing["variant"] is not None:
         raise ValueError("device and variant are for folders; load and place the pipeline as you want it")
     network = source if isinstance(source, kind) else getattr(source, part, None)
@@ -214,12 +230,7 @@ def _sourced(source: Any, part: str, kind: type[Any], scheduler: Any, **placing:
     scheduler = getattr(source, "scheduler", None) if scheduler is None else scheduler
     if scheduler is None:
         raise ValueError(f"scheduler must be given with a {kind.__name__} alone: a DDPMScheduler or a DDIMScheduler")
-    given = _config_of(scheduler)
-    if isinstance(given, Mapping):
-        facts = scheduler_from_diffusers(given)
-    else:
-        facts = scheduler_facts(Path(given), Found(Path(given), kind.__name__), given)
-    return _Sourced(network, _checked_vae(getattr(source, "vae", None)), facts, dtype)
+    return _Sourced(network, _checked_vae(getattr(source, "vae", None)), given_scheduler(scheduler), dtype)
 
 
 def _from_folder(folder: Path, part: str, kind: type[Any], scheduler: Any, **placing: Unpack[_Placing]) -> _Sourced:
@@ -229,30 +240,24 @@ def _from_folder(folder: Path, part: str, kind: type[Any], scheduler: Any, **pla
     with blaming(folder):
         if found.network_class not in _names(kind):
             raise ValueError(f"must hold a {kind.__name__} as its {part}, got {found.network_class[:80]!r}")
-    facts = scheduler_facts(folder, found, None if scheduler is None else _config_of(scheduler))
+    if found.vae_class not in (None, AutoencoderKL.__name__):
+        with blaming(folder / MODEL_INDEX):
+            raise ValueError(f"vae must be an {AutoencoderKL.__name__}, got {found.vae_class[:80]!r}")
+    facts = scheduler_facts(folder, found, scheduler)
     run = None if dtype is None else runnable_dtype(dtype, device)
     parts = (found.network, kind), (found.vae, AutoencoderKL)
     network, vae = (
         None if path is None else _loaded(of, path, placing["variant"], placing["allow_nonfinite"]).to(device, run)
         for path, of in parts
     )
-    return _Sourced(network, vae, facts, dtype, found.labels, folder.resolve().name)
+    digests = hash_weights(found.network, placing["variant"])
+    check_recorded(found, digests, another=placing["variant"] is not None)
+    return _Sourced(network, vae, facts, dtype, found.labels, folder.resolve().name, digests)
 
 
 def _names(kind: type[Any]) -> tuple[str, ...]:
     """What folders call a class"""
     return DIT_CLASSES if kind is DiTTransformer2DModel else (kind.__name__,)
-
-
-def _config_of(scheduler: Any) -> Any:
-    """A scheduler's config; what is one already, or a path, as it is"""
-    if isinstance(scheduler, Mapping | str | os.PathLike):
-        return scheduler
-    if not isinstance(getattr(scheduler, "config", None), Mapping):
-        raise TypeError(
-            f"scheduler must be a DDPMScheduler or DDIMScheduler, its config or a path, got {type(scheduler).__name__}"
-        )
-    return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def _checked_vae(vae: Any) -> AutoencoderKL | None:
