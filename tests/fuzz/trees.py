@@ -133,7 +133,11 @@ def rename(rng: random.Random, tree: Tree) -> Tree:
     if path is None or not (keys := list(at(tree, path))):
         return replace(rng, tree)
     owner, key = at(tree, path), rng.choice(keys)
-    name = rng.choice((*NAMES, key.upper(), f"{key} ", key[:-1], f"_{key}", key.replace("_", "-"), rng.choice(keys)))
+    # an edit before may have put anything in a name's place
+    text = str(key)
+    name = rng.choice(
+        (*NAMES, text.upper(), f"{text} ", text[:-1], f"_{text}", text.replace("_", "-"), rng.choice(keys))
+    )
     owner[name] = owner.pop(key)
     return tree
 
