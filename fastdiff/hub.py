@@ -165,8 +165,10 @@ def _wanted(place: _Place, variant: str | None, weights_file: str | None) -> tup
             raise ValueError(f"{argument} must be left out beside a file, got {value!r} and file={place.file!r}")
     if variant is not None and weights_file is not None:
         raise ValueError("variant and weights_file must not both be given")
-    names = _weights(_FOLDERS, variant) if weights_file is None else [folder + weights_file for folder in _FOLDERS]
-    weights = (_OWN, *names)
+    if weights_file is not None:
+        weights = tuple(folder + weights_file for folder in _FOLDERS)
+        return (*_CONFIGS, *_indices(("vae/",)), *_weights(("vae/",)), *weights), weights
+    weights = (_OWN, *_weights(_FOLDERS, variant))
     return (*_CONFIGS, *_indices(_PARTS, variant), *_weights(("vae/",), variant), *weights), weights
 
 

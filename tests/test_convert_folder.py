@@ -152,7 +152,7 @@ def test_a_bare_network_needs_a_scheduler(folder: Path, tmp_path: Path) -> None:
         TypeError, match="scheduler must be a DDPMScheduler or DDIMScheduler, its config or a path, got"
     ):
         load_folder(bare, scheduler=3)
-    with pytest.raises(ValueError, match="_class_name must be 'DDPMScheduler' or 'DDIMScheduler', got 'PNDMScheduler'"):
+    with pytest.raises(ValueError, match=r"scheduler's _class_name must be 'DDPMScheduler' or .* got 'PNDMScheduler'"):
         load_folder(bare, scheduler=PNDMScheduler())
 
 
@@ -170,7 +170,8 @@ def test_a_scheduler_itself_or_its_pipelines_folder_will_do(made: Any, folder: P
     edit(tmp_path / "other" / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     assert load_folder(folder, scheduler=tmp_path / "other").solver["name"] == "ddim"
     (tmp_path / "other" / "scheduler" / "scheduler_config.json").unlink()
-    refused(folder, "other/scheduler/scheduler_config.json", by=load_folder, scheduler=tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"other/scheduler/scheduler_config\.json"):
+        load_folder(folder, scheduler=tmp_path / "other")
 
 
 def named(name: str, model: DiffusionModel) -> DiffusionModel:

@@ -162,6 +162,12 @@ def test_the_widest_dtype_of_the_file_is_kept() -> None:
     assert {p.dtype for p in model.network.parameters()} == {torch.float16}
 
 
+@pytest.mark.parametrize("key", ["conv_in.weight", "pos_embed.proj.weight"])
+def test_weights_of_diffusers_are_told(key: str) -> None:
+    match = rf"weights of diffusers, with {key}: give the folder that holds them"
+    refused(match, {key: torch.zeros(8, 3, 3, 3), "conv_out.bias": torch.zeros(3)})
+
+
 # ---- published networks, by their shapes
 
 

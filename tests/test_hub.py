@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import MODEL, assert_same_model, files
 
+import fastdiff
 from fastdiff.checkpoint import CheckpointError, load, save
 from fastdiff.hub import FILES, is_name, snapshot
 
@@ -139,12 +141,18 @@ PIPELINE = {
     "transformer/diffusion_pytorch_model-00001-of-00002.safetensors": b"half",
     "diffusion_pytorch_model.safetensors": b"at the top",
     "config.json": b"{}",
+    "vae/config.json": b'{"of": "a VAE"}',
+    "vae/diffusion_pytorch_model.safetensors": b"a VAE",
 }
 LEFT = {
     "README.md": b"words",
     "unet/diffusion_pytorch_model.bin": b"another pickle",
     "unet/diffusion_pytorch_model.fp16.safetensors": b"a second copy",
-    "vae/diffusion_pytorch_model.safetensors": b"not ours",
+    "transformer/diffusion_pytorch_model.safetensors.index.fp16.json": b'{"of": "a second copy"}',
+    "transformer/diffusion_pytorch_model.fp16-00001-of-00002.safetensors": b"half of a second copy",
+    "vae/diffusion_pytorch_model.fp16.safetensors": b"a second VAE",
+    "vae/diffusion_pytorch_model.bin": b"a VAE's pickle",
+    "text_encoder/model.safetensors": b"not ours",
     "model.pt": b"a pickle",
     "weights.pkl": b"pickle",
     "v1.ckpt": b"pickle",
@@ -159,6 +167,39 @@ def test_only_files_that_fastdiff_reads_are_fetched(online: Any) -> None:
     assert hub.downloads() == sorted(PIPELINE)
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == set(PIPELINE)
     assert not [pattern for pattern in FILES if pattern.endswith(("*", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py"))]
+
+
+CONFIGS = sorted(file for file in PIPELINE if file.endswith("config.json") or file == "model_index.json")
+
+
+def test_a_variant_is_fetched_in_place_of_the_others(online: Any) -> None:
+    hub = online(PIPELINE | LEFT)
+    snapshot(NAME, variant="fp16")
+    assert hub.downloads() == sorted([*CONFIGS, *(file for file in LEFT if "fp16" in file)])
+
+
+def test_a_file_of_weights_that_is_named_is_fetched_beside_the_configs(online: Any) -> None:
+    hub = online(PIPELINE | LEFT)
+    folder = snapshot(NAME, weights_file="diffusion_pytorch_model.bin")
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert hub.downloads() == sorted([*CONFIGS, vae, "unet/diffusion_pytorch_model.bin"])
+    flip(folder / "unet/diffusion_pytorch_model.bin")
+    refused(NAME, "damaged", "unet/diffusion_pytorch_model.bin", weights_file="diffusion_pytorch_model.bin")
+
+
+def test_what_is_no_variant_asks_nothing(online: Any) -> None:
+    hub = online(PIPELINE | LEFT)
+    for argument in ("variant", "weights_file"):
+        for value in ("*", "", "a/b", "../x", "?", "[a]", 16):
+            with pytest.raises(ValueError, match=f"{argument} must be a word"):
+                snapshot(NAME, **{argument: value})
+        with pytest.raises(ValueError, match=f"{argument} must be left out beside a file"):
+            snapshot(f"{NAME}:model.pt", **{argument: "fp16"})
+    with pytest.raises(ValueError, match="must not both be given"):
+        snapshot(NAME, variant="fp16", weights_file="x.bin")
+    assert not hub.asked
+    refused(NAME, "holds no weights", "unet/diffusion_pytorch_model.fp32.safetensors", variant="fp32")
+    refused(NAME, "holds no weights", "transformer/x.bin", weights_file="x.bin")
 
 
 @pytest.mark.parametrize("file", ["model.pt", "unet/diffusion_pytorch_model.bin"])
@@ -262,10 +303,12 @@ def test_errors_of_the_hub_name_the_repository_and_the_remedy(asked: str, online
     hub = online(PIPELINE | LEFT)
     for status, code, word in (
         (401, "RepoNotFound", "check the name"),
+        (401, "RepoNotFound", "is no local path"),
         (403, "GatedRepo", "is gated"),
         (404, "RevisionNotFound", "has no revision"),
         (500, "", "cannot be reached"),
         (0, "", "cannot be reached"),
+        (0, "", "is no local path"),
     ):
         hub.status, hub.code = status, code
         refused(asked, word)
@@ -349,6 +392,59 @@ def test_arguments_of_other_types_or_given_twice() -> None:
     for twice in (dict(name=f"{NAME}@a", revision="b"), dict(name=f"{NAME}:a", file="b")):
         with pytest.raises(ValueError, match="given once"):
             snapshot(**twice)
+
+
+def pipeline_of(kind: str, folder: Path) -> dict[str, bytes]:
+    """Files of a pipeline that diffusers saves, in two precisions"""
+    diffusers = pytest.importorskip("diffusers")
+    sizes: dict[str, Any] = dict(sample_size=8, norm_num_groups=4)
+    two = dict(block_out_channels=(8, 8), norm_num_groups=4)
+    if kind == "dit":
+        heads = dict(num_attention_heads=2, attention_head_dim=4, num_layers=1, patch_size=2)
+        network = diffusers.DiTTransformer2DModel(
+            **sizes, **heads, in_channels=4, out_channels=8, num_embeds_ada_norm=10
+        )
+        down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+        vae = diffusers.AutoencoderKL(down_block_types=down, up_block_types=up, latent_channels=4, **two)
+        pipe = diffusers.DiTPipeline(network, vae, diffusers.DDIMScheduler(clip_sample=False))
+    else:
+        down, up = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+        network = diffusers.UNet2DModel(down_block_types=down, up_block_types=up, sample_size=8, **two)
+        pipe = diffusers.DDPMPipeline(network, diffusers.DDPMScheduler())
+    pipe.save_pretrained(folder)
+    pipe.to(torch.float16).save_pretrained(folder, variant="fp16")
+    pipe.to(torch.float32)
+    network.save_pretrained(folder / ("transformer" if kind == "dit" else "unet"), safe_serialization=False)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_load_takes_a_native_checkpoint_of_the_hub(online: Any, checkpoint: dict[str, bytes]) -> None:
+    hub = online(checkpoint)
+    assert_same_model(fastdiff.load(NAME), MODEL)
+    hub.status, hub.code = 401, "RepoNotFound"
+    with pytest.raises(CheckpointError, match="is no local path"):
+        fastdiff.load("results/run-3")
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_load_takes_a_pipeline_of_the_hub(kind: str, online: Any, tmp_path: Path) -> None:
+    hub = online(pipeline_of(kind, tmp_path / "pipe"))
+    from fastdiff.integrations.diffusers import dit_model, unet_model
+
+    own = dit_model if kind == "dit" else unet_model
+    options: dict[str, Any] = {"steps": 2, "seed": 0, "num_images": 1}
+    expected = fastdiff.sample(own(tmp_path / "pipe"), **options)
+    for model in (fastdiff.load(NAME), own(NAME), fastdiff.load(f"{NAME}@main")):
+        torch.testing.assert_close(fastdiff.sample(model, **options), expected, rtol=0, atol=1e-4)
+    assert not [file for file in hub.downloads() if "fp16" in file or file.endswith(".bin")]
+    halves = [fastdiff.load(NAME, variant="fp16"), own(NAME, variant="fp16")]
+    for model in halves:
+        assert all("fp16" in file for file in model.provenance["sha256"])
+    if kind == "unet":
+        named = fastdiff.load(NAME, weights_file="diffusion_pytorch_model.bin")
+        assert list(named.provenance["sha256"]) == ["diffusion_pytorch_model.bin"]
+        # a UNet has no VAE to fetch
+        assert not [file for file in hub.downloads() if "vae" in file]
 
 
 def test_names_of_repositories() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -158,6 +159,10 @@ def test_a_dits_folder_is_its_pipeline(folder: Path, tmp_path: Path) -> None:
         fastdiff.sample(dit_model(folder), [0, 9], 2, **options), fastdiff.sample(model, [0, 9], 2, **options)
     )
 
+    digest = hashlib.sha256((folder / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert model.provenance == {"format": "diffusers", "sha256": {"diffusion_pytorch_model.safetensors": digest}}
+    assert expected.provenance == {}
+
     bare = dit_model(folder / "transformer", scheduler=folder / "scheduler")
     latents = fastdiff.sample(model, [0, 9], 2, decode=False, **options)
     assert bare.decode is None and torch.equal(fastdiff.sample(bare, [0, 9], 2, **options), latents)
@@ -166,9 +171,9 @@ def test_a_dits_folder_is_its_pipeline(folder: Path, tmp_path: Path) -> None:
     assert half.dtype == torch.bfloat16 and {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-def test_a_scheduler_in_place_of_the_sources() -> None:
+def test_a_scheduler_in_place_of_the_sources(tmp_path: Path) -> None:
     pipe = a_dit(DPMSolverMultistepScheduler())
-    with pytest.raises(ValueError, match="_class_name must be 'DDPMScheduler' or 'DDIMScheduler', got 'DPMSolver"):
+    with pytest.raises(ValueError, match=r"scheduler's _class_name must be 'DDPMScheduler' or .* got 'DPMSolver"):
         dit_model(pipe)
     scheduler = DDIMScheduler(prediction_type="v_prediction")
     for given in (scheduler, {**scheduler.config, "_class_name": "DDIMScheduler"}):
@@ -176,6 +181,8 @@ def test_a_scheduler_in_place_of_the_sources() -> None:
         assert dit_model(pipe.transformer, scheduler=given).decode is None
     with pytest.raises(ValueError, match="scheduler must be given with a DiTTransformer2DModel alone"):
         dit_model(pipe.transformer)
+    a_dit(scheduler).save_pretrained(tmp_path)
+    assert dit_model(pipe, scheduler=tmp_path).prediction == "v"
     with pytest.raises(TypeError, match="scheduler must be a DDPMScheduler"):
         dit_model(pipe, scheduler=3)
 
@@ -209,6 +216,12 @@ def test_load_opens_the_folder_of_a_dit(folder: Path, monkeypatch: pytest.Monkey
         fastdiff.load(folder, attention_order="new")
     monkeypatch.setitem(sys.modules, "fastdiff.integrations.diffusers", None)
     refused(folder, "needs diffusers; pip install diffusers", by=fastdiff.load)
+
+
+def test_latents_are_those_of_an_autoencoder_kl(folder: Path) -> None:
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("AutoencoderKL", "VQModel"))
+    refused(folder, str(index), "vae must be an AutoencoderKL, got 'VQModel'", by=dit_model)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])

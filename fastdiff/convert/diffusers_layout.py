@@ -179,7 +179,10 @@ def given_scheduler(given: object) -> SchedulerFacts:
                 f"scheduler must be a DDPMScheduler or DDIMScheduler, its config or a path, got {reprlib.repr(given)}"
             )
         given = {**config, "_class_name": type(given).__name__}
-    return scheduler_from_diffusers(given)
+    try:
+        return scheduler_from_diffusers(given)
+    except (ValueError, TypeError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"scheduler's {error}") from error
 
 
 def _facts_at(path: Path, kind: str | None) -> SchedulerFacts:

@@ -13,6 +13,7 @@ from test_convert_guided_diffusion import state_of
 
 import fastdiff
 from fastdiff import checkpoint, cli, images
+from fastdiff.convert.diffusers_folder import save_folder
 from fastdiff.convert.state_files import read_state
 
 NAME = "adm, new order"
@@ -90,6 +91,25 @@ def test_diffusers_both_ways(file: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters(), strict=True))
     printed(capsys, "pipeline", "back.pt", "--attention-order", "new")
     assert all(torch.equal(read_state("back.pt")[0][key], value) for key, value in state_of(NAME).items())
+
+
+def test_a_pipeline_in_half_precision_stays_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A CPU computes in float32 then, which is not what is written"""
+    printed(capsys, "theirs.pt", "ours", *FLAGS, "--storage-dtype", "float16")
+    model = fastdiff.load("ours", dtype=torch.float16)
+    model.network.half()
+    model.solver = {"name": "ddpm", "spacing": "leading:N"}
+    save_folder(model, "pipeline")
+    assert "dtype           float16" in printed(capsys, "pipeline", "again")
+    assert checkpoint.info("again")["storage"] == ["float16"]
+
+
+def test_a_dit_stays_diffusers_own(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("dit").mkdir()
+    index = {"transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    Path("dit/model_index.json").write_text(json.dumps(index))
+    text = refused(capsys, "convert", "dit", "ours")
+    assert "SRC holds a DiT, which stays diffusers' and cannot be converted" in text and not Path("ours").exists()
 
 
 def test_what_is_missing_is_told_by_name(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
