@@ -207,6 +207,12 @@ def test_what_is_no_source(tmp_path: Path, folder: Path) -> None:
     refused(tmp_path / "nowhere", "is no folder", by=dit_model)
 
 
+def test_sizes_that_no_image_has_are_the_folders_fault(folder: Path) -> None:
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": -4}))
+    refused(folder, by=dit_model)
+
+
 def test_load_opens_the_folder_of_a_dit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fastdiff.load(folder, guided_channels=3)
     assert isinstance(model.network, DiTNetwork) and model.guided_channels == 3 and model.decode is not None

@@ -187,10 +187,6 @@ def unhashed(files: Files) -> Files:
 
 
 def sharded(files: Files) -> Files:
-    """As diffusers would have saved it, without fastdiff's record of one file"""
-    facts = json.loads(files["model_index.json"])
-    del facts["_fastdiff"]
-    files = {**files, "model_index.json": json.dumps(facts).encode()}
     state = told(files[WEIGHTS])
     names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     where = {key: names[i % 2] for i, key in enumerate(state)}

@@ -5,6 +5,7 @@ A network stays diffusers' own; what fastdiff takes over is the loop. Their `gui
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import reprlib
@@ -177,14 +178,14 @@ class _Placing(TypedDict):
 
 @dataclass(frozen=True)
 class _Sourced:
-    """A source's parts; labels: as fastdiff recorded them, name, sha256: of the folder, and of the network's files"""
+    """A source's parts; labels: as fastdiff recorded them; folder: None for parts in memory; sha256: of its files"""
 
     network: Any
     vae: AutoencoderKL | None
     facts: SchedulerFacts
     dtype: torch.dtype | None
     labels: Mapping[str, Any] | None = None
-    name: str | None = None
+    folder: Path | None = None
     sha256: Mapping[str, str] | None = None
 
     def model(
@@ -196,21 +197,23 @@ class _Sourced:
         image_shape: tuple[int, int, int],
         **options: Any,
     ) -> DiffusionModel:
-        return DiffusionModel(
-            network,
-            self.facts.schedule,
-            self.facts.prediction,
-            variance,
-            num_classes,
-            null_label,
-            image_shape,
-            clip_x0=self.facts.clip_x0,
-            solver=self.facts.solver,
-            dtype=self.dtype,
-            name=self.name,
-            provenance=None if self.sha256 is None else {"format": "diffusers", "sha256": dict(self.sha256)},
-            **options,
-        )
+        # a config of negative sizes makes a network all the same
+        with contextlib.nullcontext() if self.folder is None else blaming(self.folder):
+            return DiffusionModel(
+                network,
+                self.facts.schedule,
+                self.facts.prediction,
+                variance,
+                num_classes,
+                null_label,
+                image_shape,
+                clip_x0=self.facts.clip_x0,
+                solver=self.facts.solver,
+                dtype=self.dtype,
+                name=None if self.folder is None else self.folder.resolve().name,
+                provenance=None if self.sha256 is None else {"format": "diffusers", "sha256": dict(self.sha256)},
+                **options,
+            )
 
 
 def _sourced(source: Any, part: str, kind: type[Any], scheduler: Any, **placing: Unpack[_Placing]) -> _Sourced:
@@ -252,7 +255,7 @@ def _from_folder(folder: Path, part: str, kind: type[Any], scheduler: Any, **pla
     )
     digests = hash_weights(found.network, placing["variant"])
     check_recorded(found, digests, another=placing["variant"] is not None)
-    return _Sourced(network, vae, facts, dtype, found.labels, folder.resolve().name, digests)
+    return _Sourced(network, vae, facts, dtype, found.labels, folder, digests)
 
 
 def _names(kind: type[Any]) -> tuple[str, ...]:
