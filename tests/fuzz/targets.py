@@ -1,9 +1,10 @@
 """What is fuzzed: for each thing that reads what others wrote, inputs, how they are damaged, and what they say
 
-What "silent" can mean. fastdiff's own checkpoints hold a hash: a change of the weights must be refused. Foreign files
-hold none, so a flipped bit inside a tensor's bytes cannot be seen by anybody; there it is held that what is loaded is,
-key for key, shape for shape and bit for bit, what the damaged file says to a reader written apart. A config that says
-something else must be refused or taken at its word: whoever writes out what was loaded gets the same config again.
+What "silent" can mean. fastdiff's own checkpoints, and the pipelines that it writes, hold a hash: a change of the
+weights must be refused. Foreign files hold none, so a flipped bit inside a tensor's bytes cannot be seen by anybody;
+there it is held that what is loaded is, key for key, shape for shape and bit for bit, what the damaged file says to a
+reader written apart. A config that says something else must be refused or taken at its word: whoever writes out what
+was loaded gets the same config again.
 """
 
 from __future__ import annotations
