@@ -119,7 +119,9 @@ def judge_scheduler(case: Case, facts: SchedulerFacts) -> str:
         # theirs takes no more steps than it likes; what fastdiff would take is its own affair
         raise AssertionError(f"diffusers refuses it: {type(error).__name__} {str(error)[:200]}") from error
     theirs = peer.alphas_cumprod.double().numpy()
-    np.testing.assert_allclose(facts.schedule.alphas_cumprod, theirs, rtol=1e-4, atol=1e-5)
+    # their float32 ends in 0 / 0 where a long chain is rescaled
+    known = ~np.isnan(theirs)
+    np.testing.assert_allclose(facts.schedule.alphas_cumprod[known], theirs[known], rtol=1e-4, atol=1e-5)
     told = peer.config
     assert facts.prediction == PREDICTIONS[told["prediction_type"]]
     assert facts.clip_x0 is told["clip_sample"]
