@@ -123,7 +123,7 @@ def model_from_guided_diffusion(
     common: dict[str, Any] = {
         "image_shape": (C, config.image_size, config.image_size),
         "dtype": facts["dtype"],
-        "name": name or known,
+        "name": known if name is None else name,
         "provenance": {
             "format": "guided-diffusion",
             "attention_order": facts["attention_order"],

@@ -76,7 +76,7 @@ def read_model(
         if bad and not allow_nonfinite:
             raise ValueError(f"NaN or infinite weights in {listed(bad)}; allow_nonfinite=True loads them all the same")
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.name = model.name or path.stem
+    model.name = path.stem if model.name is None else model.name
     model.provenance |= {"file": path.name, "sha256": digest}
     return model
 
