@@ -233,9 +233,9 @@ def _folder(src: str | os.PathLike[str], bundled: Mapping[str, Path]) -> Path:
             if not os.path.lexists(folder / _CONFIG):
                 raise ValueError(f"no checkpoint here: the folder has no {_CONFIG}")
         elif os.path.lexists(folder):
-            raise ValueError("a checkpoint is a folder, this is a file")
+            raise ValueError("a checkpoint is a folder, this is a file; fastdiff convert makes one of other people's")
         else:
-            raise ValueError(f"no such folder; bundled names are {sorted(bundled)}")
+            raise ValueError(f"no such file or folder; bundled names are {sorted(bundled)}")
     return folder
 
 

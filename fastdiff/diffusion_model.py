@@ -136,9 +136,17 @@ class DiffusionModel:
         if decode is not None and not callable(decode):
             raise TypeError(f"decode must be a function of latents or None, got {type(decode).__name__}")
         self.decode = decode
-        if null_model is not None:
-            self._check_null_model(null_model)
         self.null_model = null_model
+
+    @property
+    def null_model(self) -> DiffusionModel | None:
+        return self._null_model
+
+    @null_model.setter
+    def null_model(self, other: DiffusionModel | None) -> None:
+        if other is not None:
+            self._check_null_model(other)
+        self._null_model = other
 
     def _check_null_model(self, other: DiffusionModel) -> None:
         if not isinstance(other, DiffusionModel):

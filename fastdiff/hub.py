@@ -77,7 +77,9 @@ def local_path(src: str | os.PathLike[str], *, variant: str | None = None, weigh
     variant, weights_file: as for snapshot; they change nothing about a path.
     """
     path = Path(src)
-    if isinstance(src, str) and is_name(src) and not os.path.lexists(path):
+    # whose end says that a file was meant is no repository, though it could be one's name
+    meant = path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors") and ":" not in str(src)
+    if isinstance(src, str) and is_name(src) and not meant and not os.path.lexists(path):
         return snapshot(src, variant=variant, weights_file=weights_file)
     return path
 

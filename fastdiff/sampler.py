@@ -370,6 +370,8 @@ class Sampler:
         step = self._step(tabled, request, batch, size)
         step.fill(tabled.table, batch.plan, batch.randomness, batch.extra)
         step(True)
+        if self.decode and self.model.decode is not None:
+            _decoded(self.model.decode, torch.zeros_like(images[:size]))
         del images
 
     def _run(self, step: Step, tabled: _Tabled, batch: Batch, bar: Any, callback: Callback) -> torch.Tensor:

@@ -162,7 +162,9 @@ _NAMED_SPACINGS: dict[str, Callable[[int, int], list[float]]] = {
     "linspace": _linspace,
     "trailing": _trailing,
 }
-_FORMS = "an int, 'ddimN', 'N', '10,15,20', 'leading:N', 'linspace:N', 'trailing:N' or descending timesteps"
+_FORMS = (
+    "an int, 'ddimN', 'N', '10,15,20', 'leading:N', 'leading:N+K', 'linspace:N', 'trailing:N' or descending timesteps"
+)
 
 
 def _count(count: int, T: int, given: object) -> int:

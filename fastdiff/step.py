@@ -324,12 +324,11 @@ class Step:
     def evaluate(self, m: int) -> torch.Tensor:
         """The network's output of N + m rows, those that guidance leads away from with its channels only"""
         out = self._rows(m)
-        guided, channels, n = self.networks.guided_channels, self.networks.image_shape[0], self.shape.n
+        guided, n = self.networks.guided_channels, self.shape.n
         if guided is None or not m:
             return out
         # (1 + w) * c - w * c is c
-        null = torch.cat((out[n:, :guided], out[:m, guided:channels], out[n:, channels:]), 1)
-        return torch.cat((out[:n], null))
+        return torch.cat((out[:n], torch.cat((out[n:, :guided], out[:m, guided:]), 1)))
 
     def _rows(self, m: int) -> torch.Tensor:
         n, learned = self.shape.n, self.shape.learned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastdiff.convert.guided_diffusion import model_from_guided_diffusion, state
 from fastdiff.convert.published import PUBLISHED
 from fastdiff.convert.shapes import readings, shown
 from fastdiff.model import EncoderConfig, EncoderUNet, SuperResolutionUNet, UNet, UNetConfig
+from fastdiff.model.trunk import channel_multiple
 
 FACTS = Path(__file__).parent / "published"
 CHECKPOINTS = json.loads(gzip.decompress((FACTS / "keys.json.gz").read_bytes()))
@@ -354,7 +356,8 @@ def test_levels_that_the_shapes_show_are_not_asked_for(config: UNetConfig | Enco
         ({"rescale_timesteps": 1}, TypeError, "rescale_timesteps must be True or False"),
         ({"dtype": torch.int8}, TypeError, "dtype must be a floating"),
         ({"num_classes": 5}, ValueError, "num_classes must be 7 or, with a null label, 6, got 5"),
-        ({"prediction": "noise"}, ValueError, "prediction must be one of"),
+        ({"prediction": "v"}, ValueError, r"prediction must be one of \['eps', 'x0'\]"),
+        ({"variance": "fixed_small"}, ValueError, "variance must be left out: the network learned one"),
         ({"low_res_size": 8}, ValueError, "low_res_size must be left out"),
         ({"num_blocks": 4}, ValueError, r"num_blocks must be among \[1\]"),
         ({"depth": 4}, TypeError, r"flags must be among .*got \['depth'\]"),
@@ -381,6 +384,25 @@ def test_wrong_weights_are_named() -> None:
     refused("levels differ", none, **flags)
     many = state | {"input_blocks.999999.0.weight": torch.zeros(1)}
     refused("levels differ", many, **flags)
+
+
+def test_a_variance_that_was_not_learned_is_not_said_to_be() -> None:
+    name = "plain, pools"
+    refused("variance must be one of", state_of(name), **flags_of(NETWORKS[name], variance="learned_range"))
+
+
+def test_many_keys_take_no_long_time() -> None:
+    state = {f"input_blocks.{i}.0.in_layers.2.weight": torch.zeros(4, 4, 1, 1) for i in range(1, 7560)}
+    state |= {key: value for key, value in state_of("adm").items() if key not in state}
+    began = time.perf_counter()
+    refused("levels differ", state, **flags_of(NETWORKS["adm"]))
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize(("width", "channels"), [(480, 352), (96, 64), (32, 64), (7, 3), (1, 3), (999, 1000)])
+def test_a_width_is_its_multiple_of_the_channels(width: int, channels: int) -> None:
+    multiple = channel_multiple(width, channels)
+    assert int(multiple * channels) == width and multiple == pytest.approx(width / channels)
 
 
 def test_networks_that_guided_diffusion_cannot_hold() -> None:

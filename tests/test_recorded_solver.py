@@ -213,6 +213,29 @@ def test_what_does_not_decode_is_named() -> None:
             fastdiff.sample(a_model(decode=wrong), LABELS, steps=2)
 
 
+def test_a_decode_that_runs_out_of_memory_counts_in_what_fits() -> None:
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return latents
+
+    with pytest.raises(fastdiff.OutOfMemoryError, match="batch_size=1 fits"):
+        fastdiff.sample(a_model(decode=decode), [1, 2, 3, 4], steps=2)
+
+    def never(latents: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(fastdiff.OutOfMemoryError, match="not even one image fits"):
+        fastdiff.sample(a_model(decode=never), [1, 2, 3, 4], steps=2)
+
+
+def test_a_null_model_is_checked_whenever_it_is_set() -> None:
+    model = a_model()
+    with pytest.raises(ValueError, match="null_model must have the model's schedule"):
+        model.null_model = DiffusionModel(mixing, "cosine", "eps", "fixed_small", 10, NULL, SHAPE)
+    assert model.null_model is None
+
+
 # ---- in a checkpoint
 
 

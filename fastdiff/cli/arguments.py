@@ -88,10 +88,15 @@ def opened(model: str) -> tuple[str | DiffusionModel, dict[str, Any]]:
     fastdiff's own are not loaded here. Raises CheckpointError for what is none, and for a classifier.
     """
     from fastdiff import checkpoint, hub, loading
+    from fastdiff.checkpoint import CheckpointError
 
     path = checkpoint.BUNDLED.get(model) or hub.local_path(model)
     if loading.kind_of_source(path) != "fastdiff":
-        loaded = loading.load(path)
+        try:
+            loaded = loading.load(path)
+        except CheckpointError as error:
+            remedy = "; fastdiff convert takes what is missing, --image-size and so on, and writes what can be sampled"
+            raise CheckpointError(f"{error}{remedy if '; give ' in str(error) else ''}") from error
         told = ("num_classes", "null_label", "image_shape")
         diffusion = {name: getattr(loaded, name) for name in told}
         return loaded, {"name": loaded.name, "sha256": loaded.provenance.get("sha256"), "diffusion": diffusion}

@@ -27,6 +27,10 @@ class Info:
         """Prints facts; a model's weights are hashed, no network is built."""
         from fastdiff import checkpoint, images
 
+        if Path(self.path).suffix.lower() in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
+            raise ValueError(
+                f"{self.path}: is a file of weights; fastdiff convert makes a checkpoint of it, and tells of it"
+            )
         if Path(self.path).is_file() or self.path.lower().endswith((".png", ".npz")):
             facts = images.read_metadata(self.path)
         else:

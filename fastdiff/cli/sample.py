@@ -59,7 +59,7 @@ class Sample:
     """An .npz (arr_0, uint8 N H W C) of pictures for a super-resolution model, one an image drawn, in order, with
     their labels (arr_1), unless --labels says others."""
     steps: Annotated[str, option("STEPS")] = "50"
-    """N, ddimN, 10,15,20 (sections), leading:N, linspace:N or trailing:N."""
+    """N, ddimN, 10,15,20 (sections), leading:N, leading:N+K, linspace:N or trailing:N."""
     solver: Annotated[str | None, option("NAME", "the model's own, or ddim")] = None
     """One of fastdiff.SOLVERS; a wrong name lists them."""
     eta: Annotated[float | None, option("ETA", "0")] = None

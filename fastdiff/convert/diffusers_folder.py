@@ -101,9 +101,10 @@ def load_folder(
         bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if bad and not allow_nonfinite:
             raise ValueError(f"NaN or infinite weights in {listed(bad)}; allow_nonfinite=True loads them all the same")
-    dtype = next(iter(tensors.values())).dtype if dtype is None else dtype
+    stored = next(iter(tensors.values())).dtype
     del tensors
-    network.to(target, runnable_dtype(dtype, target))
+    network.to(target, dtype or runnable_dtype(stored, target))
+    dtype = dtype or stored
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with blaming(folder):
         return DiffusionModel(

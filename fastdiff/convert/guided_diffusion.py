@@ -222,6 +222,9 @@ def _facts(visible: Seen, published: Published | None, flags: Mapping[str, Any])
     if not visible.low_res_channels and "low_res_size" in facts:
         raise ValueError(f"low_res_size must be left out: the network takes one image, got {facts['low_res_size']!r}")
     check_positive("image_size", facts["image_size"])
+    for flag, words in (("prediction", ("eps", "x0")), ("variance", ("fixed_large", "fixed_small"))):
+        if flag in flags and flags[flag] not in words:
+            raise ValueError(f"{flag} must be one of {list(words)}, got {flags[flag]!r}")
     if not isinstance(facts["rescale_timesteps"], bool):
         raise TypeError(f"rescale_timesteps must be True or False, got {facts['rescale_timesteps']!r}")
     return facts

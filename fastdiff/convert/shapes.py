@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,22 +144,23 @@ def _head(shapes: Shapes) -> tuple[str, int | None, int]:
 
 def _levels(shapes: Shapes, decodes: bool) -> Iterator[dict[str, Any]]:
     """Every way to divide the input blocks into levels: widths, num_blocks, attention and how they are resampled"""
-    found = {int(match[1]) for key in shapes if (match := re.match(r"input_blocks\.(\d{1,6})\.", key))}
-    count = max(found) + 1
+    parts = _parts(shapes)
+    count = max(parts) + 1
+    upsampled = _upsampled(shapes)
     # a level is num_blocks and what halves it, and pooling has no weights
-    if count > 2 * len(found):
+    if count > 2 * len(parts):
         return
     for size in range(2, count + 1):
         if count % size:
             continue
         starts = range(0, count, size)
-        kinds = {_kind(shapes, f"input_blocks.{start}.") for start in starts if start}
+        kinds = {_kind(parts.get(start, ())) for start in starts if start}
         blocks = [[_block(shapes, start + i) for i in range(1, size)] for start in starts]
         if len(kinds) > 1 or None in kinds or any(len(set(level)) > 1 or None in level for level in blocks):
             continue
         kind = str(kinds.pop()) if kinds else "conv"
         ends = {size * i + size - 1 for i in range(len(starts) - 1)}
-        if decodes and _upsampled(shapes) != (set() if kind == "pool" else ends):
+        if decodes and upsampled != (set() if kind == "pool" else ends):
             continue
         widths, attention = zip(*(level[0] for level in blocks if level[0]), strict=True)
         yield {
@@ -171,15 +172,23 @@ def _levels(shapes: Shapes, decodes: bool) -> Iterator[dict[str, Any]]:
         }
 
 
-def _kind(shapes: Shapes, prefix: str) -> str | None:
-    """How an input block halves the resolution; None for one that does not"""
-    if f"{prefix}0.op.weight" in shapes:
-        return "conv"
-    keys = [key for key in shapes if key.startswith(prefix)]
-    if not keys:
+def _parts(shapes: Shapes) -> dict[int, set[str]]:
+    """What follows an input block's number in its keys"""
+    parts: dict[int, set[str]] = {}
+    for key in shapes:
+        if match := re.fullmatch(r"input_blocks\.(\d{1,6})\.(.*)", key):
+            parts.setdefault(int(match[1]), set()).add(match[2])
+    return parts
+
+
+def _kind(parts: Collection[str]) -> str | None:
+    """How an input block with these parts halves the resolution; None for one that does not"""
+    if not parts:
         return "pool"
-    keeps = f"{prefix}0.in_layers.0.weight" in shapes and f"{prefix}0.skip_connection.weight" not in shapes
-    return "block" if keeps and not any(key.startswith(f"{prefix}1.") for key in keys) else None
+    if "0.op.weight" in parts:
+        return "conv"
+    keeps = "0.in_layers.0.weight" in parts and "0.skip_connection.weight" not in parts
+    return "block" if keeps and not any(part.startswith("1.") for part in parts) else None
 
 
 def _block(shapes: Shapes, index: int) -> tuple[int, bool] | None:

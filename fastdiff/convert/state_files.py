@@ -25,6 +25,8 @@ __all__ = ["PICKLES", "SUFFIXES", "load_file", "read_model", "read_state", "save
 
 Tensors = dict[str, torch.Tensor]
 
+# the record at the end of a zip archive, without its comment
+_ARCHIVE_END, _ARCHIVE_END_BYTES = b"PK\x05\x06", 22
 # what torch.save writes, whatever people call it
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (*PICKLES, ".safetensors")
@@ -99,7 +101,7 @@ def load_file(
     model = read_model(path, allow_nonfinite=allow_nonfinite, dtype=dtype, **flags)
     assert isinstance(model.network, torch.nn.Module)
     assert model.dtype is not None
-    model.network.to(target, runnable_dtype(model.dtype, target))
+    model.network.to(target, dtype or runnable_dtype(model.dtype, target))
     return model
 
 
@@ -154,26 +156,42 @@ def _safetensors(data: bytes) -> Any:
 
 
 def _pickled(data: bytes) -> Any:
-    if zipfile.is_zipfile(io.BytesIO(data)):
+    buffer = io.BytesIO(data)
+    archived = zipfile.is_zipfile(buffer)
+    if archived:
         _check_archive(data)
+    buffer.seek(0)
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = torch.load(buffer, map_location="cpu", weights_only=True)
     # damaged archives and pickles end in almost any error
     except Exception as error:
         why = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"is not a file of torch.save that holds tensors only; nothing was executed: {why}") from error
+    # before archives, files were read from the beginning to the end
+    if not archived and (end := buffer.tell()) != len(data):
+        raise ValueError(f"has {len(data)} bytes, {end} were expected: something follows the weights")
+    return state
 
 
 def _check_archive(data: bytes) -> None:
+    """torch reads archives without a look at their checksums"""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             total = sum(entry.file_size for entry in archive.infolist())
+            # torch.save compresses nothing, a small file that grows without bound does
+            if total > len(data):
+                raise ValueError(f"it says that {len(data)} bytes hold {total}, and torch.save compresses nothing")
+            end = data.rfind(_ARCHIVE_END) + _ARCHIVE_END_BYTES + len(archive.comment)
+            if end != len(data):
+                raise ValueError(f"it has {len(data)} bytes, {end} were expected: something follows its end")
+            if damaged := archive.testzip():
+                raise ValueError(
+                    f"the checksum of {damaged} is another's; a file that was saved without checksums "
+                    "(set_crc32_options) must be saved again with them"
+                )
     # a damaged directory ends in almost any error
     except Exception as error:
         raise ValueError(f"is a damaged archive: {error}") from error
-    # torch.save compresses nothing, a small file that grows without bound does
-    if total > len(data):
-        raise ValueError(f"has {len(data)} bytes and says that it holds {total}; torch.save compresses nothing")
 
 
 def _check_tensors(state: Any, size: int) -> None:

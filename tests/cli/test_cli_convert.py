@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from test_convert_guided_diffusion import state_of
 
 import fastdiff
 from fastdiff import checkpoint, cli, images
+from fastdiff.cli.convert import FLAGS as FLAG_NAMES
 from fastdiff.convert.diffusers_folder import save_folder
+from fastdiff.convert.guided_diffusion import Flags
 from fastdiff.convert.state_files import read_state
 
 NAME = "adm, new order"
@@ -72,6 +75,33 @@ def test_a_checkpoint_keeps_its_weights_whatever_it_computes_in(capsys: pytest.C
     assert checkpoint.info("half")["storage"] == ["float16"]
 
 
+@pytest.mark.parametrize(("word", "scale"), [("yes", 0.25), ("no", 1.0)])
+def test_rescaled_times(word: str, scale: float, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [flag.replace("1000", "4000") for flag in FLAGS]
+    assert "rescale_timesteps (" in refused(capsys, "convert", "theirs.pt", "ours", *flags)
+    printed(capsys, "theirs.pt", "ours", *flags, "--rescale-timesteps", word)
+    assert fastdiff.load("ours").network.config.time_scale == scale
+
+
+def test_nan_weights_are_taken_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(state_of(NAME) | {"out.2.bias": torch.full((6,), float("nan"))}, "nan.pt")
+    assert "allow_nonfinite" in refused(capsys, "convert", "nan.pt", "ours", *FLAGS)
+    printed(capsys, "nan.pt", "ours", *FLAGS, "--allow-nonfinite")
+    printed(capsys, "ours", "back.pt", "--allow-nonfinite")
+    assert read_state("back.pt")[0]["out.2.bias"].isnan().all()
+
+
+def test_half_precision_stays_as_it_is(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "theirs.pt", "half", *FLAGS, "--storage-dtype", "float16")
+    printed(capsys, "half", "back.pt")
+    assert {value.dtype for value in read_state("back.pt")[0].values()} == {torch.float16}
+
+
+def test_the_flags_are_those_of_the_converter() -> None:
+    assert set(FLAG_NAMES) == set(Flags.__annotations__)
+    assert {field.name for field in dataclasses.fields(cli.Convert)} >= set(FLAG_NAMES)
+
+
 def test_classifiers_too(capsys: pytest.CaptureFixture[str]) -> None:
     name = "classifier, attention"
     torch.save(state_of(name), "judge.pt")
@@ -127,7 +157,8 @@ def test_what_is_missing_is_told_by_name(file: Path, capsys: pytest.CaptureFixtu
         (["taken", "out.pt"], "taken"),
         (["digits", "out.pt"], "attention_order must be 'legacy' or 'new'"),
         (["digits", "out.pt", "--attention-order", "new", "--storage-dtype", "float16"], "--storage-dtype must be"),
-        (["nowhere", "ours"], "no such folder"),
+        (["nowhere", "ours"], "no such file or folder"),
+        (["nowhere/weights.pt", "ours"], "no such file or folder"),
         (["theirs.pt", "ours", *FLAGS, "--variance", "small"], "variance"),
         (["theirs.pt", "ours", *FLAGS, "--dtype", "int8"], "dtype"),
         (["theirs.pt", "taken", *FLAGS], "is there already; --force replaces it"),
@@ -170,4 +201,6 @@ def test_sample_takes_a_pipeline_as_it_is(file: Path, capsys: pytest.CaptureFixt
     assert np.array_equal(theirs, ours) and facts["solver"] == model.solver and facts["w"] == 0
     plain, facts = sampled("ours", "--solver", "ddpm")
     assert not np.array_equal(plain, ours) and facts["solver"] == "ddpm"
-    assert "give image_size" in refused(capsys, "sample", "theirs.pt")
+    text = refused(capsys, "sample", "theirs.pt")
+    assert "give image_size" in text and "fastdiff convert takes what is missing" in text
+    assert "fastdiff convert" in refused(capsys, "info", "theirs.pt")

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import random
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,10 @@ def load_guided(case: tuple[str, str, bytes]) -> Any:
 def judge_guided(case: Case, model: Any) -> str:
     name, file, data = case.mutated
     state = told(data) if file.endswith(".safetensors") else torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            assert archive.testzip() is None, "a checksum is another's"
+            assert data[-22 - len(archive.comment) :].startswith(b"PK\x05\x06"), "something follows the archive"
     assert_same_state(
         state_to_guided_diffusion(model.network, "legacy"), {key: value.float() for key, value in state.items()}
     )

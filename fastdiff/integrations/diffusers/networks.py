@@ -35,7 +35,7 @@ from fastdiff.convert.diffusers_layout import (
 from fastdiff.convert.schedulers import SchedulerFacts
 from fastdiff.diffusion_model import DiffusionModel
 from fastdiff.manifest import listed
-from fastdiff.placement import DTYPES, resolve_device, runnable_dtype
+from fastdiff.placement import DTYPES, resolve_device
 
 __all__ = ["DiTNetwork", "UNet2DNetwork", "dit_model", "unet_model"]
 
@@ -247,10 +247,9 @@ def _from_folder(folder: Path, part: str, kind: type[Any], scheduler: Any, **pla
         with blaming(folder / MODEL_INDEX):
             raise ValueError(f"vae must be an {AutoencoderKL.__name__}, got {found.vae_class[:80]!r}")
     facts = scheduler_facts(folder, found, scheduler)
-    run = None if dtype is None else runnable_dtype(dtype, device)
     parts = (found.network, kind), (found.vae, AutoencoderKL)
     network, vae = (
-        None if path is None else _loaded(of, path, placing["variant"], placing["allow_nonfinite"]).to(device, run)
+        None if path is None else _loaded(of, path, placing["variant"], placing["allow_nonfinite"]).to(device, dtype)
         for path, of in parts
     )
     digests = hash_weights(found.network, placing["variant"])
