@@ -67,15 +67,9 @@ def load(
     dtype: torch.dtype | None = None,
     allow_nonfinite: bool = False,
 ) -> DiffusionModel:
-    """The model of a checkpoint, checked in full: config, sha256, every key and shape, finite weights.
+    """The model of a checkpoint of fastdiff's, checked in full; arguments and errors as for `loading.load`.
 
     src: a bundled name ("digits"; write "./digits" or a Path for a folder of that name) or a folder.
-    device: where the parameters go; None is the CPU.
-    dtype: what they become, and the recorded compute dtype of the model returned; None is the dtype that the checkpoint
-        records (for float16 on a CPU float32), or that of its stored weights where it records none.
-    The network is in eval mode and channels_last. torch's random generators are left as they were.
-
-    Raises CheckpointError naming the path; ValueError or TypeError for device and dtype.
     """
     return _load(src, "diffusion", device, dtype, allow_nonfinite)
 
