@@ -70,7 +70,7 @@ SHARDS ?= bench_sampler $(NETWORK_SHARDS) $(TRAINING_SHARDS) $(PIPELINE_SHARDS) 
 gpu: gpu-tests gpu-bench
 
 CAPTURE = tests/kernels/test_capture.py
-TESTS ?= tests/test_gpu.py tests/test_cuda_graph.py tests/test_training_kernels.py $(CAPTURE) $(filter-out $(CAPTURE),$(sort $(wildcard tests/kernels/test_*.py)))
+TESTS ?= tests/test_gpu.py tests/test_cuda_graph.py tests/test_training_kernels.py tests/test_integrations_schedulers.py $(CAPTURE) $(filter-out $(CAPTURE),$(sort $(wildcard tests/kernels/test_*.py)))
 # 5: a file has no GPU test
 gpu-tests:
 	@status=0; for file in $(TESTS); do echo "$$file"; \
