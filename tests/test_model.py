@@ -403,6 +403,7 @@ def test_forward_errors(x: tuple[int, ...], t: tuple[int, ...], y: tuple[int, ..
         ({"channel_mult": (1, 0.1)}, ValueError, "groups must divide"),
         ({"channel_mult": ()}, ValueError, "channel_mult must hold"),
         ({"channel_mult": (1, -2)}, ValueError, "channel_mult must hold"),
+        ({"channel_mult": (1, 1e308)}, ValueError, "channel_mult must hold"),
         ({"channel_mult": "12"}, TypeError, "channel_mult must be a sequence"),
         ({"attention_resolutions": (2,)}, ValueError, r"attention_resolutions must be among .*got \[2\]"),
         ({"num_heads": 2}, ValueError, "exactly one of num_heads and head_channels"),

@@ -66,8 +66,9 @@ class TrunkConfig:
         scale = self.time_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
             raise ValueError(f"time_scale must be a positive number, got {scale!r}")
+        # more than any network has, less than what overflows
         if not self.channel_mult or any(
-            isinstance(m, bool) or not isinstance(m, int | float) or m <= 0 for m in self.channel_mult
+            isinstance(m, bool) or not isinstance(m, int | float) or not 0 < m <= 2**20 for m in self.channel_mult
         ):
             raise ValueError(f"channel_mult must hold one positive number a level, got {self.channel_mult!r}")
         self._check_sizes()

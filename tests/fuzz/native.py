@@ -42,6 +42,10 @@ def completed(text: bytes) -> dict[str, Any]:
     """A config with what older files leave out"""
     config = tree_told(text)
     config["network"].setdefault("time_scale", 1.0)
+    schedule = config.get("diffusion", config.get("classifier", {})).get("schedule", {})
+    if "betas" in schedule:
+        # 1 is as good as 1.0
+        schedule["betas"] = [float(beta) for beta in schedule["betas"]]
     return config
 
 
