@@ -101,7 +101,7 @@ def test_a_bundled_name_is_the_classifiers_own(tmp_path: Path, monkeypatch: pyte
     assert_same_model(load_classifier("digits"), JUDGE)
     assert_same_model(load_classifier("./digits"), judge(2))
     assert isinstance(load("digits"), DiffusionModel)
-    with pytest.raises(CheckpointError, match=r"nothing: no such folder; bundled names are \['digits'\]"):
+    with pytest.raises(CheckpointError, match=r"nothing: no such file or folder; bundled names are \['digits'\]"):
         load_classifier("nothing")
 
 

@@ -324,7 +324,9 @@ def test_the_encoder_runs_in_what_suits_the_device_not_in_how_it_was_stored() ->
             patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
             assert preferred_dtype(classifier, torch.device("cpu")) == dtype
     classifier.dtype = torch.float16
-    assert preferred_dtype(classifier, torch.device("cpu")) == torch.float16
+    assert preferred_dtype(classifier, torch.device("cuda")) == torch.float16
+    # which has no arithmetic for it
+    assert preferred_dtype(classifier, torch.device("cpu")) == torch.float32
 
 
 def test_a_classifier_of_a_wider_dtype_sees_the_state_itself() -> None:
@@ -449,4 +451,4 @@ def test_names_and_folders_are_loaded(monkeypatch) -> None:
     with torch.inference_mode():
         images = fastdiff.sample(a_model(), [1, 2], steps=STEPS, seed=0, classifier="digits")
     assert torch.equal(images, expected)
-    assert asked == [("digits", {"dtype": None})]
+    assert asked == [("digits", {"device": None, "dtype": None, "allow_nonfinite": False})]

@@ -181,7 +181,7 @@ def test_each_picture_of_a_folder_can_be_drawn_again_alone(tiny: str, capsys: py
         (["-o", "there.png"], "there.png exists; --force"),
         (["-o", "a.gif"], "'a.gif': the name must end in"),
         (["-o", "missing/a.png"], "missing/a.png cannot be written"),
-        (["nowhere"], "no such folder"),
+        (["nowhere"], "no such file or folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
