@@ -43,3 +43,10 @@ def a_pair(stock: type, steps: int | None = 10, **config: Any) -> tuple[Any, Any
 def tensors(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def stepped(scheduler: Any, out: torch.Tensor, t: Any, x: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
+    """prev_sample and pred_original_sample under a fixed seed"""
+    if options.get("variance_noise") is None:
+        options["generator"] = torch.Generator().manual_seed(7)
+    return scheduler.step(out, t, x, return_dict=False, **options)

@@ -12,6 +12,7 @@ address, in whatever order elements come. Any other tensor on a GPU has to be re
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,7 @@ class _Chain:
     rows: dict[Hashable, dict[int, Tensor | None]] = field(default_factory=dict)
 
 
-class _OneLaunch:
+class _OneLaunch(ABC):
     """What both schedulers share: which time a step is at, and its row"""
 
     _chain: _Chain | None = None
@@ -71,20 +72,21 @@ class _OneLaunch:
     timesteps: Tensor
     alphas_cumprod: Tensor
 
+    @abstractmethod
     def _origins(self) -> tuple[object, ...]:
         """What rows depend on beside config, timesteps and alphas_cumprod"""
-        raise NotImplementedError
 
+    @abstractmethod
     def _next_times(self, times: Sequence[int], chain: _Chain) -> list[int] | None:
         """Where the outputs of steps at times sit, negative for clean; None where theirs raises an error"""
-        raise NotImplementedError
 
+    @abstractmethod
     def _coefs(self, kind: Prediction, abar: Array, abar_next: Array, options: Hashable) -> dict[str, Array]:
-        raise NotImplementedError
+        """Columns of a row by name, of the level that a step starts from and the one its output sits at"""
 
+    @abstractmethod
     def _clean(self) -> Tensor:
         """abar of the output of the last step"""
-        raise NotImplementedError
 
     def _current_chain(self) -> _Chain:
         origins = (self.config, self.timesteps, self.alphas_cumprod, *self._origins())
